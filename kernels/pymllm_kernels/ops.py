@@ -1,0 +1,218 @@
+"""Every torch operator of the library: schema, fake and lazily imported implementations.
+
+Nothing here imports Triton, so the operators exist before ``torch.compile`` traces, on any machine.
+An activation is ``[..., K]`` in every schema: flattening it here rather than in the caller keeps its
+leading sizes symbolic in a compiled graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_LIBRARY = torch.library.Library("pymllm_kernels", "DEF")
+
+_LIBRARY.define(
+    "w4a16_gemm(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? group_index,"
+    " Tensor? input_perm, Tensor? bias, int bits, int group_size) -> Tensor"
+)
+_LIBRARY.define("per_token_quant_int8(Tensor x) -> (Tensor, Tensor)")
+_LIBRARY.define("per_token_quant_int8_asym(Tensor x) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define("static_quant_int8(Tensor x, Tensor scale, Tensor? zero) -> Tensor")
+_LIBRARY.define(
+    "w8a8_int8_gemm(Tensor codes, Tensor weight, Tensor x_scale, Tensor w_scale, Tensor? x_zero,"
+    " Tensor? w_column_sum, Tensor? bias, ScalarType out_dtype) -> Tensor"
+)
+
+
+@contextmanager
+def _on_device(x: torch.Tensor) -> Iterator[None]:
+    """Makes ``x``'s GPU current: Triton launches on the current device, whatever its arguments."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        yield
+    else:
+        with torch.cuda.device(x.device):
+            yield
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``[..., K]`` as ``[M, K]``, a view where the strides allow it."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _triton_out(x: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The output of a Triton kernel; on a CPU (interpreter) fp32, since its bf16 stores truncate."""
+    stored = torch.float32 if x.device.type == "cpu" else dtype
+    return torch.empty(shape, dtype=stored, device=x.device)
+
+
+def _require_interpreter(op: str) -> None:
+    from pymllm_kernels.device import interpreting
+
+    if not interpreting():
+        raise RuntimeError(
+            f"{op}: found CPU tensors; the Triton kernel needs a GPU, or TRITON_INTERPRET=1 set before"
+            " Python starts. select_kernel picks a kernel that runs on this device"
+        )
+
+
+def _w4a16_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    group_index: torch.Tensor | None,
+    input_perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    from pymllm_kernels.w4a16.kernel import launch
+
+    if x.device.type == "cpu":
+        _require_interpreter("w4a16_gemm")
+    rows = _rows(x)
+    n = scale.shape[1]
+    out = _triton_out(x, (rows.shape[0], n), x.dtype)
+    with _on_device(x):
+        launch(rows, weight, scale, zero, group_index, input_perm, bias, out,
+               bits=bits, group_size=group_size)  # fmt: skip
+    return out.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def _per_token_quant(
+    x: torch.Tensor, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    rows = _rows(x)
+    m = rows.shape[0]
+    if x.device.type == "cpu":
+        from pymllm_kernels.per_token_quant_int8 import reference
+
+        if symmetric:
+            codes, scale = reference.per_token_quant_int8(rows)
+            zero = None
+        else:
+            codes, scale, zero = reference.per_token_quant_int8_asym(rows)
+    else:
+        from pymllm_kernels.per_token_quant_int8.kernel import launch_dynamic
+
+        codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+        scale = torch.empty(m, dtype=torch.float32, device=x.device)
+        zero = None if symmetric else torch.empty(m, dtype=torch.int32, device=x.device)
+        with _on_device(x):
+            launch_dynamic(rows, codes, scale, zero)
+    per_row = (*x.shape[:-1], 1)
+    return codes.view(x.shape), scale.view(per_row), None if zero is None else zero.view(per_row)
+
+
+def _per_token_quant_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _per_token_quant(x, symmetric=True)[:2]
+
+
+def _per_token_quant_int8_asym(
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, scale, zero = _per_token_quant(x, symmetric=False)
+    assert zero is not None
+    return codes, scale, zero
+
+
+def _static_quant_int8(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+) -> torch.Tensor:
+    rows = _rows(x)
+    if x.device.type == "cpu":
+        from pymllm_kernels.per_token_quant_int8 import reference
+
+        return reference.static_quant_int8(rows, scale, zero).view(x.shape)
+    from pymllm_kernels.per_token_quant_int8.kernel import launch_static
+
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    with _on_device(x):
+        launch_static(rows, codes, scale, zero)
+    return codes.view(x.shape)
+
+
+def _w8a8_int8_gemm(
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    x_zero: torch.Tensor | None,
+    w_column_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    from pymllm_kernels.w8a8_int8.kernel import launch
+
+    if codes.device.type == "cpu":
+        _require_interpreter("w8a8_int8_gemm")
+    rows = _rows(codes)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    n = weight.shape[0]
+    out = _triton_out(codes, (rows.shape[0], n), out_dtype)
+    with _on_device(codes):
+        launch(rows, weight, x_scale, w_scale, x_zero, w_column_sum, bias, out)
+    return out.to(out_dtype).view(*codes.shape[:-1], n)
+
+
+def _fake_w4a16_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    group_index: torch.Tensor | None,
+    input_perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], scale.shape[1]))
+
+
+def _fake_per_token_quant_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _fake_per_token_quant_int8_asym(
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, scale = _fake_per_token_quant_int8(x)
+    return codes, scale, torch.empty_like(scale, dtype=torch.int32)
+
+
+def _fake_static_quant_int8(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
+def _fake_w8a8_int8_gemm(
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    x_zero: torch.Tensor | None,
+    w_column_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+_IMPLEMENTATIONS = {
+    "w4a16_gemm": (_w4a16_gemm, _fake_w4a16_gemm),
+    "per_token_quant_int8": (_per_token_quant_int8, _fake_per_token_quant_int8),
+    "per_token_quant_int8_asym": (_per_token_quant_int8_asym, _fake_per_token_quant_int8_asym),
+    "static_quant_int8": (_static_quant_int8, _fake_static_quant_int8),
+    "w8a8_int8_gemm": (_w8a8_int8_gemm, _fake_w8a8_int8_gemm),
+}
+
+for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
+    _LIBRARY.impl(_name, _implementation, "CUDA")
+    _LIBRARY.impl(_name, _implementation, "CPU")
+    torch.library.register_fake(f"pymllm_kernels::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,64 @@
+"""The frozen description of a linear layer that a kernel is chosen for, and what a kernel is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pymllm_kernels.device import DeviceFacts
+
+CHANNEL = -1
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """``y[M, N] = x[M, K] @ W[N, K].T + bias`` with quantized ``W``; M is not part of it.
+
+    Attributes:
+        scheme: ``"w4a16"`` (weights of 4 or 8 bits, 16-bit activations) or ``"w8a8_int8"``.
+        n: output features.
+        k: input features.
+        weight_bits: bits of a weight code.
+        group_size: inputs that share a scale, ``-1`` for one scale a row; for ``w8a8_int8`` always
+            ``-1`` (a per-tensor scale is passed as a ``[1]`` tensor).
+        symmetric: whether the weights have no zero point.
+        act_order: whether groups are given by a ``g_idx`` rather than by neighbouring inputs.
+        act_dtype: dtype of ``x`` and ``y``.
+        scale_dtype: dtype of the weight scales as stored.
+        device: where it is to run.
+        input_strategy: ``None`` for 16-bit activations, else ``"token"`` (dynamic) or ``"tensor"``
+            (static).
+        input_symmetric: whether quantized activations have no zero point.
+    """
+
+    scheme: str
+    n: int
+    k: int
+    weight_bits: int
+    group_size: int
+    symmetric: bool
+    act_order: bool
+    act_dtype: torch.dtype
+    scale_dtype: torch.dtype
+    device: DeviceFacts
+    input_strategy: str | None = None
+    input_symmetric: bool = True
+
+    @property
+    def groups(self) -> int:
+        """Scale columns of the layer."""
+        return 1 if self.group_size == CHANNEL else self.k // self.group_size
+
+
+class LinearKernel(Protocol):
+    """One way to run a :class:`LinearProblem`. Its ``prepare`` and ``apply`` differ by scheme."""
+
+    name: str
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        """``None`` if this kernel runs the problem, else the reason it cannot."""
+
+    def why(self, problem: LinearProblem) -> str:
+        """What makes this kernel the choice where it can run."""

@@ -1,0 +1,271 @@
+"""The W4A16 Triton kernel and its launcher.
+
+``y[M, N] = x[M, K] @ W[N, K].T + bias``. The weight tile is the first operand of the dot product and
+the accumulator is transposed, ``[BLOCK_N, BLOCK_M]``: on Hopper the unpacked weights then feed wgmma
+from registers, and a small M fills the narrow side of the instruction.
+
+Weights enter the product as exact integers ``code - zero`` and the scale multiplies the fp32 partial
+sum of its group. That is more accurate than rounding each scaled weight to 16 bits, and since every
+step adds a finished partial sum to the accumulator, no wgmma is still reading weight registers when
+the next step overwrites them (Triton up to 3.8 does not wait there by itself; triton#9433).
+Groups that a slice of the layout does not fit into take the scale on the weight instead.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pymllm_kernels.common.triton_helpers import grouped_tile
+from pymllm_kernels.device import DeviceFacts, device_facts
+from pymllm_kernels.w4a16.tuning import Config, choose_config
+
+_TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _or_magic_int4(words, HALF: tl.constexpr):
+    """16-bit words to 4 tiles of ``128 + code`` (bf16) or ``1024 + code`` (fp16), exact.
+
+    A code in the low mantissa bits of 128.0 (bf16) or 1024.0 (fp16) adds its own value: one lop3
+    a pair of weights where an integer conversion costs several instructions a weight.
+    """
+    if HALF == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 t, $4, 4;
+            lop3.b32 $1, t, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 t, $4, 8;
+            lop3.b32 $2, t, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 t, $4, 12;
+            lop3.b32 $3, t, 0x000F000F, 0x43004300, 0xEA;
+            }""",
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+            shr.u32 t, $4, 4;
+            lop3.b32 $1, t, 0x000F000F, 0x64006400, 0xEA;
+            shr.u32 t, $4, 8;
+            lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA;
+            shr.u32 t, $4, 12;
+            lop3.b32 $3, t, 0x000F000F, 0x64006400, 0xEA;
+            }""",
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def _load_codes(
+    tile_ptr, mask, SLICE_K: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr,
+    MAGIC: tl.constexpr,
+):  # fmt: skip
+    """The 4 slices of a weight tile as numbers, each too large by the kernel's OFFSET."""
+    if BITS == 4:
+        words = tl.load(tile_ptr, mask=mask, other=0)
+        if MAGIC:
+            return _or_magic_int4(words, COMPUTE)
+        else:
+            return (
+                (words & 15).to(COMPUTE),
+                ((words >> 4) & 15).to(COMPUTE),
+                ((words >> 8) & 15).to(COMPUTE),
+                ((words >> 12) & 15).to(COMPUTE),
+            )
+    else:
+        return (
+            tl.load(tile_ptr, mask=mask, other=0).to(COMPUTE),
+            tl.load(tile_ptr + SLICE_K, mask=mask, other=0).to(COMPUTE),
+            tl.load(tile_ptr + 2 * SLICE_K, mask=mask, other=0).to(COMPUTE),
+            tl.load(tile_ptr + 3 * SLICE_K, mask=mask, other=0).to(COMPUTE),
+        )
+
+
+@triton.jit
+def _load_activations(
+    x_ptr, perm_ptr, rows, row_mask, k_start, K, stride_xm, stride_xk,
+    SLICE_K: tl.constexpr, EVEN_K: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """``x[rows, k_start : k_start + SLICE_K]`` as ``[SLICE_K, BLOCK_M]``, zero outside of x."""
+    k = k_start + tl.arange(0, SLICE_K)
+    mask = row_mask[None, :]
+    if not EVEN_K:
+        mask = mask & (k < K)[:, None]
+    if perm_ptr is not None:
+        k = tl.load(perm_ptr + k, mask=k < K, other=0)
+    pointers = x_ptr + rows[None, :] * stride_xm + (k * stride_xk)[:, None]
+    return tl.load(pointers, mask=mask, other=0.0).to(COMPUTE)
+
+
+# M changes from call to call: compiling anew for M = 1 or M % 16 == 0 would stall a server.
+@triton.jit(do_not_specialize=["M"])
+def _w4a16_gemm_kernel(
+    x_ptr,  # [M, K], any strides
+    perm_ptr,  # int32 [K] or None: input of the layer at position k of the weight
+    weight_ptr,  # see layout.py, [blocks, N, words]
+    scale_ptr,  # [G, N], floating
+    zero_ptr,  # int8 [G, N] or None
+    group_ptr,  # int32 [blocks * BLOCK_K] or None: scale row of every weight column
+    bias_ptr,  # [N] or None
+    out_ptr,  # [M, N]
+    M, N, K, groups,
+    stride_xm, stride_xk, stride_wb, stride_om,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,  # -1: one group; unused with group_ptr
+    SLICE_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    MAGIC: tl.constexpr,
+    OFFSET: tl.constexpr,  # what a loaded code is too large by: 128 or 1024 with MAGIC, else 0
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    BLOCK_K: tl.constexpr = 4 * SLICE_K
+    WORDS: tl.constexpr = SLICE_K if BITS == 4 else BLOCK_K
+    # Consecutive slices that share a scale: all 4, 2 or 1.
+    CHANNEL: tl.constexpr = GROUP_SIZE == -1
+    if CHANNEL or GROUP_SIZE % BLOCK_K == 0:
+        RUN: tl.constexpr = 4
+    elif GROUP_SIZE % (2 * SLICE_K) == 0:
+        RUN: tl.constexpr = 2
+    else:
+        RUN: tl.constexpr = 1
+    # Symmetric int4 codes are 0..15 around 8; int8 codes are stored signed.
+    SYMMETRIC_ZERO: tl.constexpr = 8.0 if BITS == 4 else 0.0
+    ZERO: tl.constexpr = SYMMETRIC_ZERO + OFFSET
+
+    tile_m, tile_n = grouped_tile(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
+    )
+    rm = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rn = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = rm < M
+    mask_n = rn < N
+    # 64-bit: M * K, M * N and N * K each pass 2**31 for real layers and prompts.
+    rm = rm.to(tl.int64)
+    tile_ptr = weight_ptr + rn.to(tl.int64)[:, None] * WORDS + tl.arange(0, SLICE_K)[None, :]
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        codes = _load_codes(tile_ptr, mask_n[:, None], SLICE_K, BITS, COMPUTE, MAGIC)
+        partial = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for j in tl.static_range(4):
+            k_start = k0 + j * SLICE_K
+            x = _load_activations(
+                x_ptr, perm_ptr, rm, mask_m, k_start, K, stride_xm, stride_xk,
+                SLICE_K, EVEN_K, COMPUTE,
+            )  # fmt: skip
+            if group_ptr is not None:
+                # A slice may span groups: every weight takes its own scale and is rounded once.
+                g = tl.load(group_ptr + k_start + tl.arange(0, SLICE_K)).to(tl.int64)
+                at = g[None, :] * N + rn[:, None]
+                zero = ZERO
+                if zero_ptr is not None:
+                    zero = tl.load(zero_ptr + at, mask=mask_n[:, None], other=0).to(tl.float32)
+                    zero += OFFSET
+                scale = tl.load(scale_ptr + at, mask=mask_n[:, None], other=0.0).to(tl.float32)
+                w = ((codes[j].to(tl.float32) - zero) * scale).to(COMPUTE)
+                partial = tl.dot(w, x, partial, input_precision="ieee")
+                if j == 3:
+                    acc += partial
+            else:
+                # K may end inside the last block: its groups stop at the last one.
+                g = 0 if CHANNEL else tl.minimum(k_start // GROUP_SIZE, groups - 1)
+                at = tl.cast(g, tl.int64) * N + rn
+                if zero_ptr is not None:
+                    zero = tl.load(zero_ptr + at, mask=mask_n, other=0).to(tl.float32) + OFFSET
+                    w = codes[j] - zero.to(COMPUTE)[:, None]
+                else:
+                    w = codes[j] - tl.full((1, 1), ZERO, COMPUTE)
+                partial = tl.dot(w, x, partial, input_precision="ieee")
+                if (j + 1) % RUN == 0:
+                    if CHANNEL:
+                        acc += partial
+                    else:
+                        scale = tl.load(scale_ptr + at, mask=mask_n, other=0.0)
+                        acc += partial * scale.to(tl.float32)[:, None]
+                    partial = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        tile_ptr += stride_wb
+
+    if CHANNEL and group_ptr is None:
+        acc *= tl.load(scale_ptr + rn, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + rn, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    out = out_ptr + rm[None, :] * stride_om + rn[:, None]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    group_index: torch.Tensor | None,
+    input_perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    config: Config | None = None,
+) -> None:
+    """Fills ``out [M, N]`` from ``x [M, K]``; the shapes are the caller's duty (see ``api``)."""
+    m, k = x.shape
+    n = scale.shape[1]
+    if m == 0 or n == 0:
+        return
+    slice_k = weight.shape[2] // (1 if bits == 4 else 4)
+    facts = device_facts(x.device)
+    if config is None:
+        config = choose_config(m, 4 * slice_k, bits, x.element_size(), facts)
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    _w4a16_gemm_kernel[grid](
+        x, input_perm, weight, scale, zero, group_index, bias, out,
+        m, n, k, scale.shape[0], x.stride(0), x.stride(1), weight.stride(0), out.stride(0),
+        **kernel_constants(facts, x.dtype, k, bits, group_size, slice_k, config),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def kernel_constants(
+    device: DeviceFacts,
+    dtype: torch.dtype,
+    k: int,
+    bits: int,
+    group_size: int,
+    slice_k: int,
+    config: Config,
+) -> dict[str, object]:
+    """The compile-time arguments, for the launcher and for compiling ahead of time.
+
+    The interpreter and fp32 activations compute in fp32: the interpreter's bf16 arithmetic is wrong,
+    and it has no inline assembly. AMD takes the portable path in the activations' dtype.
+    """
+    compute = torch.float32 if device.type == "cpu" else dtype
+    magic = bits == 4 and device.type == "cuda" and compute != torch.float32
+    offset = (128.0 if compute == torch.bfloat16 else 1024.0) if magic else 0.0
+    return {
+        "BITS": bits,
+        "GROUP_SIZE": group_size,
+        "SLICE_K": slice_k,
+        "COMPUTE": _TRITON_DTYPE[compute],
+        "MAGIC": magic,
+        "OFFSET": offset,
+        "EVEN_K": k % (4 * slice_k) == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "GROUP_M": config.group_m,
+    }

@@ -1,0 +1,188 @@
+"""The ways to run a weight-only linear layer, in order of preference."""
+
+from __future__ import annotations
+
+import torch
+
+from pymllm_kernels.common.packing import unpack_words
+from pymllm_kernels.common.support import why_not_triton
+from pymllm_kernels.problem import LinearProblem
+from pymllm_kernels.w4a16 import api, reference
+from pymllm_kernels.w4a16.api import W4A16Weight
+
+SCHEME = "w4a16"
+
+
+class W4A16Kernel:
+    """Base of the ways to run ``scheme == "w4a16"``."""
+
+    name = ""
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        """``None`` if this kernel runs the problem, else the reason it cannot."""
+        raise NotImplementedError
+
+    def why(self, problem: LinearProblem) -> str:
+        """What makes this kernel the choice where it can run."""
+        raise NotImplementedError
+
+    def prepare(
+        self,
+        problem: LinearProblem,
+        words: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        g_idx: torch.Tensor | None,
+    ) -> W4A16Weight:
+        """Converts a layer's checkpoint tensors, once.
+
+        Args:
+            problem: what the kernel was chosen for.
+            words: int32 ``[N, ceil(K * bits / 32)]``.
+            scale: floating ``[N, G]``.
+            zero: uint8 ``[N, G]`` raw zero points, ``None`` if symmetric.
+            g_idx: integer ``[K]``, the group of each input, ``None`` for neighbouring inputs.
+        """
+        raise NotImplementedError
+
+    def apply(
+        self,
+        problem: LinearProblem,
+        x: torch.Tensor,
+        weight: W4A16Weight,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``x [..., K]`` to ``[..., N]``."""
+        raise NotImplementedError
+
+
+class TritonW4A16(W4A16Kernel):
+    """The fused Triton kernel."""
+
+    name = "triton_w4a16"
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        return _wrong_scheme(problem) or why_not_triton(problem)
+
+    def why(self, problem: LinearProblem) -> str:
+        return "dequantization fused into the GEMM, any N, K and group size"
+
+    def prepare(
+        self,
+        problem: LinearProblem,
+        words: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        g_idx: torch.Tensor | None,
+    ) -> W4A16Weight:
+        return api.prepare(words, scale, zero, g_idx, bits=problem.weight_bits, k=problem.k)
+
+    def apply(
+        self,
+        problem: LinearProblem,
+        x: torch.Tensor,
+        weight: W4A16Weight,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return api.w4a16_gemm(
+            x, weight, bias, bits=problem.weight_bits, group_size=problem.group_size
+        )
+
+
+class CpuInt4Pack(W4A16Kernel):
+    """torch's fused int4 CPU operator, ``_weight_int4pack_mm_for_cpu``."""
+
+    name = "cpu_int4pack"
+    group_sizes = (32, 64, 128, 256)
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        if reason := _wrong_scheme(problem):
+            return reason
+        if problem.device.type != "cpu":
+            return f"runs on a CPU, the device is {problem.device.name}"
+        if problem.weight_bits != 4:
+            return f"takes weights of 4 bits, found {problem.weight_bits}"
+        if not problem.symmetric:
+            return "takes zero points only folded into 16-bit offsets, which rounds them"
+        if problem.group_size not in self.group_sizes:
+            return f"takes group sizes {self.group_sizes}, found {problem.group_size}"
+        if problem.act_order:
+            return "takes neighbouring inputs as groups, found act-order"
+        if problem.scale_dtype != problem.act_dtype:
+            return f"takes scales in the activations' dtype, found {problem.scale_dtype}"
+        if problem.n % 16:
+            return f"takes N a multiple of 16, found {problem.n}"
+        return None
+
+    def why(self, problem: LinearProblem) -> str:
+        return "torch's own fused int4 operator for CPUs"
+
+    def prepare(
+        self,
+        problem: LinearProblem,
+        words: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        g_idx: torch.Tensor | None,
+    ) -> W4A16Weight:
+        codes = unpack_words(words, 4, problem.k).to(torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        # [G, N, 2]: the scale, and the value of code 8, which is zero for symmetric weights.
+        scales = torch.stack((scale.T, torch.zeros_like(scale.T)), dim=-1).contiguous()
+        return W4A16Weight(packed, scales)
+
+    def apply(
+        self,
+        problem: LinearProblem,
+        x: torch.Tensor,
+        weight: W4A16Weight,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, problem.k).contiguous()
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, weight.weight, problem.group_size, weight.scale
+        )
+        if bias is not None:
+            out = out + bias.to(out.dtype)
+        return out.view(*x.shape[:-1], problem.n)
+
+
+class TorchW4A16(W4A16Kernel):
+    """Dequantize and multiply in plain torch: right everywhere, fast nowhere."""
+
+    name = "torch_w4a16"
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        return _wrong_scheme(problem)
+
+    def why(self, problem: LinearProblem) -> str:
+        return "plain torch, dequantizes the weight at every call"
+
+    def prepare(
+        self,
+        problem: LinearProblem,
+        words: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        g_idx: torch.Tensor | None,
+    ) -> W4A16Weight:
+        return W4A16Weight(words, scale, zero, None if g_idx is None else g_idx.to(torch.int32))
+
+    def apply(
+        self,
+        problem: LinearProblem,
+        x: torch.Tensor,
+        weight: W4A16Weight,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return reference.linear(
+            x, weight.weight, weight.scale, weight.zero, weight.group_index, bias,
+            problem.weight_bits,
+        )  # fmt: skip
+
+
+def _wrong_scheme(problem: LinearProblem) -> str | None:
+    return None if problem.scheme == SCHEME else f"runs {SCHEME}, found {problem.scheme}"
+
+
+PROVIDERS: tuple[W4A16Kernel, ...] = (TritonW4A16(), CpuInt4Pack(), TorchW4A16())
