@@ -90,7 +90,9 @@ def _gpu_facts(index: int) -> DeviceFacts:
     if torch.version.hip is not None:
         return DeviceFacts("hip", properties.name, None, _SHARED_MEMORY_HIP, units)
     capability = (properties.major, properties.minor)
-    shared = properties.shared_memory_per_block_optin
+    listed = _SHARED_MEMORY.get(capability, _SHARED_MEMORY_UNKNOWN)
+    # Not every torch release exposes what the driver says.
+    shared = getattr(properties, "shared_memory_per_block_optin", listed)
     return DeviceFacts("cuda", properties.name, capability, shared, units)
 
 

@@ -7,8 +7,9 @@ leading sizes symbolic in a compiled graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -204,7 +205,7 @@ def _fake_w8a8_int8_gemm(
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "w4a16_gemm": (_w4a16_gemm, _fake_w4a16_gemm),
     "per_token_quant_int8": (_per_token_quant_int8, _fake_per_token_quant_int8),
     "per_token_quant_int8_asym": (_per_token_quant_int8_asym, _fake_per_token_quant_int8_asym),

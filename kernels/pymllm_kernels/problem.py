@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -52,13 +51,15 @@ class LinearProblem:
         return 1 if self.group_size == CHANNEL else self.k // self.group_size
 
 
-class LinearKernel(Protocol):
-    """One way to run a :class:`LinearProblem`. Its ``prepare`` and ``apply`` differ by scheme."""
+class LinearKernel:
+    """One way to run a :class:`LinearProblem`; each scheme adds its ``prepare`` and ``apply``."""
 
-    name: str
+    name = ""
 
     def why_not(self, problem: LinearProblem) -> str | None:
         """``None`` if this kernel runs the problem, else the reason it cannot."""
+        raise NotImplementedError
 
     def why(self, problem: LinearProblem) -> str:
         """What makes this kernel the choice where it can run."""
+        raise NotImplementedError

@@ -10,6 +10,10 @@ from pymllm_kernels.problem import LinearKernel, LinearProblem
 from pymllm_kernels.w4a16.providers import PROVIDERS as W4A16_PROVIDERS
 from pymllm_kernels.w8a8_int8.providers import PROVIDERS as W8A8_PROVIDERS
 
+_BY_SCHEME: dict[str, tuple[LinearKernel, ...]] = {
+    "w4a16": W4A16_PROVIDERS,
+    "w8a8_int8": W8A8_PROVIDERS,
+}
 CANDIDATES: tuple[LinearKernel, ...] = (*W4A16_PROVIDERS, *W8A8_PROVIDERS)
 """Every kernel in order of preference; the first that can run a problem is its choice."""
 
@@ -47,9 +51,11 @@ class KernelChoice:
 
 def kernel_names(scheme: str | None = None) -> list[str]:
     """Names of the candidates, of one scheme if given, in order of preference."""
-    candidates = {"w4a16": W4A16_PROVIDERS, "w8a8_int8": W8A8_PROVIDERS}
-    chosen = CANDIDATES if scheme is None else candidates[scheme]
-    return [candidate.name for candidate in chosen]
+    if scheme is None:
+        return [candidate.name for candidate in CANDIDATES]
+    if scheme not in _BY_SCHEME:
+        raise ValueError(f"scheme: found {scheme!r}, accepted {list(_BY_SCHEME)}")
+    return [candidate.name for candidate in _BY_SCHEME[scheme]]
 
 
 def select_kernel(problem: LinearProblem, kernel: str | None = None) -> KernelChoice:
@@ -68,16 +74,16 @@ def select_kernel(problem: LinearProblem, kernel: str | None = None) -> KernelCh
         raise ValueError(f"kernel: found {kernel!r}, accepted for {problem.scheme}: {names}")
     taken: LinearKernel | None = None
     refusals = []
-    for candidate in CANDIDATES:
-        if candidate.name not in names:
-            continue
+    for candidate in _BY_SCHEME[problem.scheme]:
         reason = candidate.why_not(problem)
-        if kernel is not None and candidate.name != kernel:
-            reason = reason or f"{kernel} was asked for"
-        elif reason is None and taken is None:
+        if reason is None and kernel not in (None, candidate.name):
+            reason = f"{kernel} was asked for"
+        if reason is None and taken is not None:
+            reason = f"{taken.name} comes before it"
+        if reason is None:
             taken = candidate
-            continue
-        refusals.append(Refusal(candidate.name, reason or f"{taken.name} comes before it"))  # type: ignore[union-attr]
+        else:
+            refusals.append(Refusal(candidate.name, reason))
     if taken is None:
         what = "no kernel can run" if kernel is None else f"kernel {kernel!r} cannot run"
         listed = "; ".join(f"{refusal.kernel}: {refusal.reason}" for refusal in refusals)

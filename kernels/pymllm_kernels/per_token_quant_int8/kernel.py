@@ -18,9 +18,14 @@ _MAX_BLOCK = 8192
 
 
 @triton.jit
+def _is_nan(v):
+    return v != v  # noqa: PLR0124
+
+
+@triton.jit
 def _round_to_int8_range(v):
     """``clamp(rint(v), -256, 255)`` as fp32, NaN to 0: room for a zero point to be added."""
-    v = tl.where(v == v, v, 0.0)
+    v = tl.where(_is_nan(v), 0.0, v)
     v = tl.minimum(tl.maximum(v, -256.0), 255.0)
     return (v + _ROUND) - _ROUND
 
@@ -49,7 +54,7 @@ def _per_token_quant_kernel(
     for k0 in range(0, K, BLOCK_K):
         v = _load_row(row_ptr, k0 + lanes, K, stride_xk)
         # max and min drop NaN, so it is counted apart.
-        nan += (v != v).to(tl.int32)
+        nan += _is_nan(v).to(tl.int32)
         if zero_ptr is None:
             high = tl.maximum(high, tl.abs(v))
         else:

@@ -117,10 +117,10 @@ def w4a16_gemm(
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     check_arguments(x, weight, bias, bits, group_size)
-    return torch.ops.pymllm_kernels.w4a16_gemm(
-        x, weight.weight, weight.scale, weight.zero, weight.group_index, weight.input_perm, bias,
-        bits, group_size,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    out: torch.Tensor = torch.ops.pymllm_kernels.w4a16_gemm(
+        x, *weight, bias=bias, bits=bits, group_size=group_size
+    )
+    return out
 
 
 def check_arguments(

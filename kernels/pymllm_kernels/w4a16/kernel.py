@@ -19,7 +19,7 @@ import triton.language as tl
 
 from pymllm_kernels.common.triton_helpers import grouped_tile
 from pymllm_kernels.device import DeviceFacts, device_facts
-from pymllm_kernels.w4a16.tuning import Config, choose_config
+from pymllm_kernels.w4a16.tuning import Config, Form, choose_config
 
 _TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -227,27 +227,22 @@ def launch(
     n = scale.shape[1]
     if m == 0 or n == 0:
         return
-    slice_k = weight.shape[2] // (1 if bits == 4 else 4)
+    block_k = weight.shape[2] * (4 if bits == 4 else 1)
+    form = Form(bits, x.element_size(), block_k, group_size, group_index is not None)
     facts = device_facts(x.device)
     if config is None:
-        config = choose_config(m, 4 * slice_k, bits, x.element_size(), facts)
+        config = choose_config(m, form, facts)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     _w4a16_gemm_kernel[grid](
         x, input_perm, weight, scale, zero, group_index, bias, out,
         m, n, k, scale.shape[0], x.stride(0), x.stride(1), weight.stride(0), out.stride(0),
-        **kernel_constants(facts, x.dtype, k, bits, group_size, slice_k, config),
+        **kernel_constants(form, config, k, x.dtype, facts),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 def kernel_constants(
-    device: DeviceFacts,
-    dtype: torch.dtype,
-    k: int,
-    bits: int,
-    group_size: int,
-    slice_k: int,
-    config: Config,
+    form: Form, config: Config, k: int, dtype: torch.dtype, device: DeviceFacts
 ) -> dict[str, object]:
     """The compile-time arguments, for the launcher and for compiling ahead of time.
 
@@ -255,16 +250,16 @@ def kernel_constants(
     and it has no inline assembly. AMD takes the portable path in the activations' dtype.
     """
     compute = torch.float32 if device.type == "cpu" else dtype
-    magic = bits == 4 and device.type == "cuda" and compute != torch.float32
+    magic = form.bits == 4 and device.type == "cuda" and compute != torch.float32
     offset = (128.0 if compute == torch.bfloat16 else 1024.0) if magic else 0.0
     return {
-        "BITS": bits,
-        "GROUP_SIZE": group_size,
-        "SLICE_K": slice_k,
+        "BITS": form.bits,
+        "GROUP_SIZE": form.group_size,
+        "SLICE_K": form.block_k // 4,
         "COMPUTE": _TRITON_DTYPE[compute],
         "MAGIC": magic,
         "OFFSET": offset,
-        "EVEN_K": k % (4 * slice_k) == 0,
+        "EVEN_K": k % form.block_k == 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "GROUP_M": config.group_m,

@@ -6,25 +6,15 @@ import torch
 
 from pymllm_kernels.common.packing import unpack_words
 from pymllm_kernels.common.support import why_not_triton
-from pymllm_kernels.problem import LinearProblem
+from pymllm_kernels.problem import LinearKernel, LinearProblem
 from pymllm_kernels.w4a16 import api, reference
 from pymllm_kernels.w4a16.api import W4A16Weight
 
 SCHEME = "w4a16"
 
 
-class W4A16Kernel:
+class W4A16Kernel(LinearKernel):
     """Base of the ways to run ``scheme == "w4a16"``."""
-
-    name = ""
-
-    def why_not(self, problem: LinearProblem) -> str | None:
-        """``None`` if this kernel runs the problem, else the reason it cannot."""
-        raise NotImplementedError
-
-    def why(self, problem: LinearProblem) -> str:
-        """What makes this kernel the choice where it can run."""
-        raise NotImplementedError
 
     def prepare(
         self,
@@ -139,7 +129,7 @@ class CpuInt4Pack(W4A16Kernel):
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         rows = x.reshape(-1, problem.k).contiguous()
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows, weight.weight, problem.group_size, weight.scale
         )
         if bias is not None:

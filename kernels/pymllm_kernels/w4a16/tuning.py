@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pymllm_kernels.device import DeviceFacts
 
@@ -26,27 +26,57 @@ class Config:
     group_m: int = 8
 
 
-# Ordered from the smallest token tile: the first whose block_m holds M is taken, else the last.
+# Each ordered from the smallest token tile: the first whose block_m holds M is taken, else the last.
+# Registers decide the shapes, compiled for sm_90: a scale for every slice or every weight needs a
+# second partial sum or fp32 weights beside the accumulator (128x128 then spills), fp32 activations
+# twice the registers of 16-bit ones.
 _RULE = (
     Config(block_m=16, block_n=64, num_warps=4, num_stages=4),
     Config(block_m=32, block_n=64, num_warps=4, num_stages=4),
-    Config(block_m=64, block_n=128, num_warps=4, num_stages=3),
+    Config(block_m=64, block_n=128, num_warps=8, num_stages=3),
     Config(block_m=128, block_n=128, num_warps=8, num_stages=3),
 )
+_RULE_FINE_GROUPS = (*_RULE[:3], Config(block_m=128, block_n=64, num_warps=8, num_stages=3))
+_RULE_FP32 = (*_RULE[:2], Config(block_m=64, block_n=64, num_warps=8, num_stages=3))
 
 
-def shared_memory_bytes(config: Config, block_k: int, bits: int, act_bytes: int) -> int:
+@dataclass(frozen=True)
+class Form:
+    """What of a layer the compiled kernel depends on.
+
+    Attributes:
+        bits: 4 or 8.
+        act_bytes: bytes of an activation.
+        block_k: block of the weight layout.
+        group_size: inputs a scale, -1 for one scale a row.
+        group_index: whether a slice of the layout spans groups.
+    """
+
+    bits: int
+    act_bytes: int
+    block_k: int
+    group_size: int
+    group_index: bool = False
+
+    @property
+    def rule(self) -> tuple[Config, ...]:
+        """The configurations of this form, by growing block_m."""
+        if self.act_bytes == 4:
+            return _RULE_FP32
+        fine = self.group_size > 0 and self.group_size % (self.block_k // 2) != 0
+        return _RULE_FINE_GROUPS if fine or self.group_index else _RULE
+
+
+def shared_memory_bytes(config: Config, form: Form) -> int:
     """Shared memory of the pipeline's buffers: one weight and one activation tile a stage."""
-    weight = config.block_n * block_k * bits // 8
-    activation = config.block_m * block_k * act_bytes
+    weight = config.block_n * form.block_k * form.bits // 8
+    activation = config.block_m * form.block_k * form.act_bytes
     return config.num_stages * (weight + activation)
 
 
-def why_invalid(
-    config: Config, device: DeviceFacts, block_k: int, bits: int, act_bytes: int
-) -> str | None:
+def why_invalid(config: Config, form: Form, device: DeviceFacts) -> str | None:
     """``None`` if the kernel can be launched with this configuration, else the reason."""
-    needed = shared_memory_bytes(config, block_k, bits, act_bytes)
+    needed = shared_memory_bytes(config, form)
     if device.shared_memory and needed > device.shared_memory:
         return (
             f"{config} needs {needed} bytes of shared memory, {device.name} has "
@@ -55,15 +85,14 @@ def why_invalid(
     return None
 
 
-def choose_config(m: int, block_k: int, bits: int, act_bytes: int, device: DeviceFacts) -> Config:
+def choose_config(m: int, form: Form, device: DeviceFacts) -> Config:
     """The configuration for ``m`` tokens; fewer stages, then smaller tiles, where memory is short."""
-    index = next((i for i, c in enumerate(_RULE) if m <= c.block_m), len(_RULE) - 1)
-    for config in reversed(_RULE[: index + 1]):
+    rule = form.rule
+    index = next((i for i, c in enumerate(rule) if m <= c.block_m), len(rule) - 1)
+    for config in reversed(rule[: index + 1]):
         for stages in range(config.num_stages, 0, -1):
-            candidate = Config(
-                config.block_m, config.block_n, config.num_warps, stages, config.group_m
-            )
-            if why_invalid(candidate, device, block_k, bits, act_bytes) is None:
+            candidate = replace(config, num_stages=stages)
+            if why_invalid(candidate, form, device) is None:
                 return candidate
     raise ValueError(
         f"no configuration of the W4A16 kernel fits the shared memory of {device.name} "

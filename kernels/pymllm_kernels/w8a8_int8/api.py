@@ -39,9 +39,10 @@ def w8a8_int8_gemm(
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     _check(codes, weight, x_scale, w_scale, x_zero, w_column_sum, bias, out_dtype)
-    return torch.ops.pymllm_kernels.w8a8_int8_gemm(
+    out: torch.Tensor = torch.ops.pymllm_kernels.w8a8_int8_gemm(
         codes, weight, x_scale, w_scale, x_zero, w_column_sum, bias, out_dtype
-    )  # type: ignore[no-any-return]
+    )
+    return out
 
 
 def _check(

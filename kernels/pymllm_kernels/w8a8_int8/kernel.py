@@ -1,4 +1,4 @@
-"""The int8 × int8 Triton GEMM and its launcher.
+"""The int8 by int8 Triton GEMM and its launcher.
 
 ``y[m, n] = s_m * (s_n * float(acc[m, n] - zero_m * colsum_n)) + bias_n`` with the exact int32 ``acc``;
 all of the epilogue is fp32 (the bias joins by one fma) and rounded once to the output's dtype.

@@ -9,7 +9,7 @@ import torch
 from pymllm_kernels.common.support import why_not_triton
 from pymllm_kernels.per_token_quant_int8 import api as quant_api
 from pymllm_kernels.per_token_quant_int8 import reference as quant_reference
-from pymllm_kernels.problem import LinearProblem
+from pymllm_kernels.problem import LinearKernel, LinearProblem
 from pymllm_kernels.w8a8_int8 import api, reference
 from pymllm_kernels.w8a8_int8.layout import column_sum
 
@@ -34,18 +34,8 @@ class W8A8Weight(NamedTuple):
     input_zero: torch.Tensor | None = None
 
 
-class W8A8Kernel:
+class W8A8Kernel(LinearKernel):
     """Base of the ways to run ``scheme == "w8a8_int8"``."""
-
-    name = ""
-
-    def why_not(self, problem: LinearProblem) -> str | None:
-        """``None`` if this kernel runs the problem, else the reason it cannot."""
-        raise NotImplementedError
-
-    def why(self, problem: LinearProblem) -> str:
-        """What makes this kernel the choice where it can run."""
-        raise NotImplementedError
 
     def prepare(
         self,
