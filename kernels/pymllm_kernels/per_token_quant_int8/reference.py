@@ -25,9 +25,9 @@ def per_token_quant_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.to(torch.float32)
     absmax = _row_max(rows.abs())
     factor = _tiny_factor(absmax)
-    inverse = torch.where(absmax == 0, 0.0, 127.0 / (absmax * factor))
+    inverse = torch.where(absmax == 0, 0.0, _divide(127.0, absmax * factor))
     codes = _to_int8(torch.round((rows * factor[:, None]) * inverse[:, None]))
-    return codes, absmax / 127.0
+    return codes, _divide(absmax, 127.0)
 
 
 def per_token_quant_int8_asym(
@@ -50,12 +50,12 @@ def per_token_quant_int8_asym(
     high = _row_max(rows)
     span = high - low
     factor = _tiny_factor(span)
-    inverse = torch.where(span == 0, 0.0, 255.0 / (span * factor))
+    inverse = torch.where(span == 0, 0.0, _divide(255.0, span * factor))
     zero = torch.round(-128.0 - (low * factor) * inverse)
     zero = torch.where(span == 0, 0.0, _finite(zero).clamp(-128.0, 127.0))
     rounded = torch.round((rows * factor[:, None]) * inverse[:, None])
     codes = _to_int8(_finite(rounded) + zero[:, None])
-    return codes, span / 255.0, zero.to(torch.int32)
+    return codes, _divide(span, 255.0), zero.to(torch.int32)
 
 
 def static_quant_int8(
@@ -81,9 +81,17 @@ def _tiny_factor(size: torch.Tensor) -> torch.Tensor:
     return torch.where(size < TINY, TINY_FACTOR, 1.0)
 
 
+def _divide(a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
+    """IEEE division: torch multiplies by a reciprocal where one side is a Python number."""
+    like = a if isinstance(a, torch.Tensor) else b
+    assert isinstance(like, torch.Tensor)
+    numerator = a if isinstance(a, torch.Tensor) else torch.full_like(like, a)
+    return numerator / (b if isinstance(b, torch.Tensor) else torch.full_like(like, b))
+
+
 def _finite(values: torch.Tensor) -> torch.Tensor:
-    """NaN to 0 and infinities to the ends of int8."""
-    return torch.nan_to_num(values, nan=0.0, posinf=127.0, neginf=-128.0)
+    """NaN to 0, and -256 .. 255: far enough for any zero point to bring it back into int8."""
+    return torch.nan_to_num(values, nan=0.0).clamp(-256.0, 255.0)
 
 
 def _to_int8(values: torch.Tensor) -> torch.Tensor:

@@ -77,12 +77,15 @@ class WeightLayout:
     def _pack_rows(self, codes: torch.Tensor, out: torch.Tensor) -> None:
         raise NotImplementedError
 
+    def _padded(self, k: int) -> int:
+        return -(-k // self.block_k) * self.block_k
+
     def _blocks(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes ``[N, K]`` as ``[blocks, N, SLICES, slice_k]``, padded with code 0."""
         n, k = codes.shape
-        blocks = -(-k // self.block_k)
-        if blocks * self.block_k != k:
-            codes = torch.nn.functional.pad(codes, (0, blocks * self.block_k - k))
+        if self._padded(k) != k:
+            codes = torch.nn.functional.pad(codes, (0, self._padded(k) - k))
+        blocks = self._padded(k) // self.block_k
         return codes.reshape(n, blocks, SLICES, self.slice_k).permute(1, 0, 2, 3)
 
 
@@ -106,7 +109,7 @@ class SlicedInt4(WeightLayout):
     def unpack(self, packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
         slices = [(packed >> (4 * j)) & 15 for j in range(SLICES)]
         codes = torch.stack(slices, dim=2).to(torch.uint8)
-        return codes.permute(1, 0, 2, 3).reshape(n, -1)[:, :k].contiguous()
+        return codes.permute(1, 0, 2, 3).reshape(n, self._padded(k))[:, :k].contiguous()
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class BlockedInt8(WeightLayout):
         out.copy_(signed.reshape(out.shape))
 
     def unpack(self, packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
-        codes = packed.permute(1, 0, 2).reshape(n, -1)[:, :k].contiguous()
+        codes = packed.permute(1, 0, 2).reshape(n, self._padded(k))[:, :k].contiguous()
         return codes.view(torch.uint8) ^ 128
 
 
