@@ -86,9 +86,7 @@ def test_opcheck_int8(triton_device: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("name", "make"), LAYERS, ids=[name for name, _ in LAYERS])
-def test_one_graph_for_every_m(
-    triton_device: str, name: str, make: Callable[[str], Layer]
-) -> None:
+def test_one_graph_for_every_m(triton_device: str, name: str, make: Callable[[str], Layer]) -> None:
     """``fullgraph=True`` with a dynamic M: no break, and no recompile from M = 0 to 40."""
     layer = make(triton_device)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

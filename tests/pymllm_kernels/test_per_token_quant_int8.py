@@ -112,7 +112,13 @@ def test_static(triton_device: str, dtype: torch.dtype, zero: int | None) -> Non
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_strided_rows_are_read_in_place(triton_device: str, symmetric: bool) -> None:
     base = rows(20, 300, torch.bfloat16, triton_device)
-    for view in (base[:, 5:105], base[::3, :64], base[:, ::2], base[:, :40].T, base[:1].expand(4, 300)):
+    for view in (
+        base[:, 5:105],
+        base[::3, :64],
+        base[:, ::2],
+        base[:, :40].T,
+        base[:1].expand(4, 300),
+    ):
         assert_bit_equal(launch(view, symmetric), launch(view.contiguous(), symmetric))
 
 
@@ -133,7 +139,10 @@ def test_operator_shapes_and_meaning() -> None:
     ("call", "message"),
     [
         (lambda: per_token_quant_int8(torch.tensor(1.0)), "x: found a scalar"),
-        (lambda: per_token_quant_int8(torch.ones(2, 2, dtype=torch.int8)), "x: found dtype torch.int8"),
+        (
+            lambda: per_token_quant_int8(torch.ones(2, 2, dtype=torch.int8)),
+            "x: found dtype torch.int8",
+        ),
         (lambda: static_quant_int8(torch.ones(2, 2), torch.ones(3)), r"scale: found .*\(3,\)"),
         (
             lambda: static_quant_int8(torch.ones(2, 2), torch.ones(1), torch.ones(1)),

@@ -103,10 +103,10 @@ def test_zero_rows_give_exactly_the_bias(triton_device: str) -> None:
     assert out[:4].isfinite().all() and out[6:].isfinite().all()
 
 
-@pytest.mark.parametrize("config", [*tuning._RULE, dataclasses.replace(tuning._RULE[0], swap=False)])
-def test_every_configuration_gives_the_same_bits(
-    triton_device: str, config: tuning.Config
-) -> None:
+@pytest.mark.parametrize(
+    "config", [*tuning._RULE, dataclasses.replace(tuning._RULE[0], swap=False)]
+)
+def test_every_configuration_gives_the_same_bits(triton_device: str, config: tuning.Config) -> None:
     case = make(150, 130, 200, triton_device)
     outs = []
     for chosen in (config, tuning._RULE[-1]):
@@ -135,7 +135,12 @@ def test_strided_codes(triton_device: str) -> None:
 @pytest.mark.parametrize("m", [0, 1, 5, 40])
 @pytest.mark.parametrize(
     ("strategy", "symmetric", "per_tensor_weight"),
-    [("token", True, False), ("token", False, False), ("tensor", True, True), ("tensor", False, False)],
+    [
+        ("token", True, False),
+        ("token", False, False),
+        ("tensor", True, True),
+        ("tensor", False, False),
+    ],
 )
 def test_every_kernel_agrees(
     triton_device: str, m: int, strategy: str, symmetric: bool, per_tensor_weight: bool

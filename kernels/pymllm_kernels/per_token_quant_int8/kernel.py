@@ -36,6 +36,24 @@ def _load_row(row_ptr, k, K, stride_xk):
 
 
 @triton.jit
+def _add_zero(code, zero):
+    return tl.minimum(tl.maximum(code + zero, -128.0), 127.0).to(tl.int8)
+
+
+@triton.jit
+def _extremes(v, zero_ptr):
+    """Largest and smallest value so far and 0, a lane at a time, and whether a lane saw NaN.
+
+    max and min drop NaN, hence the third.
+    """
+    nan = _is_nan(v).to(tl.int32)
+    if zero_ptr is None:
+        return tl.abs(v), tl.zeros_like(v), nan
+    else:
+        return tl.maximum(v, 0.0), tl.minimum(v, 0.0), nan
+
+
+@triton.jit
 def _per_token_quant_kernel(
     x_ptr,  # [M, K], any strides
     codes_ptr,  # int8 [M, K]
@@ -48,18 +66,15 @@ def _per_token_quant_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + row * stride_xm
     lanes = tl.arange(0, BLOCK_K)
-    high = tl.zeros((BLOCK_K,), tl.float32)
-    low = tl.zeros((BLOCK_K,), tl.float32)
-    nan = tl.zeros((BLOCK_K,), tl.int32)
-    for k0 in range(0, K, BLOCK_K):
-        v = _load_row(row_ptr, k0 + lanes, K, stride_xk)
-        # max and min drop NaN, so it is counted apart.
-        nan += _is_nan(v).to(tl.int32)
-        if zero_ptr is None:
-            high = tl.maximum(high, tl.abs(v))
-        else:
-            high = tl.maximum(high, v)
-            low = tl.minimum(low, v)
+    v = _load_row(row_ptr, lanes, K, stride_xk)
+    high, low, nan = _extremes(v, zero_ptr)
+    if not ONE_BLOCK:
+        for k0 in range(BLOCK_K, K, BLOCK_K):
+            v = _load_row(row_ptr, k0 + lanes, K, stride_xk)
+            high_k, low_k, nan_k = _extremes(v, zero_ptr)
+            high = tl.maximum(high, high_k)
+            low = tl.minimum(low, low_k)
+            nan |= nan_k
     size = tl.max(high, 0) - tl.min(low, 0)
     size = tl.where(tl.max(nan, 0) > 0, float("nan"), size)
     STEPS: tl.constexpr = 127.0 if zero_ptr is None else 255.0
@@ -74,13 +89,15 @@ def _per_token_quant_kernel(
         shift = tl.where(size == 0.0, 0.0, tl.minimum(tl.maximum(shift, -128.0), 127.0))
         tl.store(zero_ptr + row, shift.to(tl.int32))
     out_ptr = codes_ptr + row * stride_cm
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + lanes
-        if not ONE_BLOCK:
+    if ONE_BLOCK:
+        code = _add_zero(_round_to_int8_range((v * factor) * inverse), shift)
+        tl.store(out_ptr + lanes, code, mask=lanes < K)
+    else:
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + lanes
             v = _load_row(row_ptr, k, K, stride_xk)
-        code = _round_to_int8_range((v * factor) * inverse) + shift
-        code = tl.minimum(tl.maximum(code, -128.0), 127.0)
-        tl.store(out_ptr + k, code.to(tl.int8), mask=k < K)
+            code = _add_zero(_round_to_int8_range((v * factor) * inverse), shift)
+            tl.store(out_ptr + k, code, mask=k < K)
 
 
 @triton.jit
@@ -100,9 +117,8 @@ def _static_quant_kernel(
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         v = _load_row(x_ptr + row * stride_xm, k, K, stride_xk)
-        code = _round_to_int8_range(tl.div_rn(v, scale)) + shift
-        code = tl.minimum(tl.maximum(code, -128.0), 127.0)
-        tl.store(codes_ptr + row * stride_cm + k, code.to(tl.int8), mask=k < K)
+        code = _add_zero(_round_to_int8_range(tl.div_rn(v, scale)), shift)
+        tl.store(codes_ptr + row * stride_cm + k, code, mask=k < K)
 
 
 def launch_dynamic(

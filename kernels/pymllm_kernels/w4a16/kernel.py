@@ -182,14 +182,16 @@ def _w4a16_gemm_kernel(
                 if j == 3:
                     acc += partial
             else:
-                # K may end inside the last block: its groups stop at the last one.
-                g = 0 if CHANNEL else tl.minimum(k_start // GROUP_SIZE, groups - 1)
-                at = tl.cast(g, tl.int64) * N + rn
-                if zero_ptr is not None:
-                    zero = tl.load(zero_ptr + at, mask=mask_n, other=0).to(tl.float32) + OFFSET
-                    w = codes[j] - zero.to(COMPUTE)[:, None]
-                else:
-                    w = codes[j] - tl.full((1, 1), ZERO, COMPUTE)
+                if j % RUN == 0:
+                    # K may end inside the last block: its groups stop at the last one.
+                    g = 0 if CHANNEL else tl.minimum(k_start // GROUP_SIZE, groups - 1)
+                    at = tl.cast(g, tl.int64) * N + rn
+                    if zero_ptr is not None:
+                        zero = tl.load(zero_ptr + at, mask=mask_n, other=0).to(tl.float32) + OFFSET
+                        zero = zero.to(COMPUTE)[:, None]
+                    else:
+                        zero = tl.full((1, 1), ZERO, COMPUTE)
+                w = codes[j] - zero
                 partial = tl.dot(w, x, partial, input_precision="ieee")
                 if (j + 1) % RUN == 0:
                     if CHANNEL:

@@ -28,16 +28,21 @@ class Config:
 
 # Each ordered from the smallest token tile: the first whose block_m holds M is taken, else the last.
 # Registers decide the shapes, compiled for sm_90: a scale for every slice or every weight needs a
-# second partial sum or fp32 weights beside the accumulator (128x128 then spills), fp32 activations
-# twice the registers of 16-bit ones.
+# second partial sum or fp32 weights beside the accumulator, so 128x128 would spill. 64 features on
+# 8 warps is no way out: both warpgroups then unpack the same weights (13 instructions a weight, not 6).
 _RULE = (
     Config(block_m=16, block_n=64, num_warps=4, num_stages=4),
     Config(block_m=32, block_n=64, num_warps=4, num_stages=4),
     Config(block_m=64, block_n=128, num_warps=8, num_stages=3),
     Config(block_m=128, block_n=128, num_warps=8, num_stages=3),
 )
-_RULE_FINE_GROUPS = (*_RULE[:3], Config(block_m=128, block_n=64, num_warps=8, num_stages=3))
-_RULE_FP32 = (*_RULE[:2], Config(block_m=64, block_n=64, num_warps=8, num_stages=3))
+_RULE_FINE_GROUPS = _RULE[:3]
+# No tensor cores for fp32: their operands take twice the registers.
+_RULE_FP32 = (
+    _RULE[0],
+    Config(block_m=32, block_n=64, num_warps=8, num_stages=4),
+    Config(block_m=64, block_n=64, num_warps=8, num_stages=3),
+)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def launch(
     if m == 0 or n == 0:
         return
     if config is None:
-        config = choose_config(m, device_facts(codes.device))
+        config = choose_config(m, k, device_facts(codes.device))
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     _w8a8_int8_gemm_kernel[grid](
         codes, weight, x_scale, w_scale, x_zero, w_column_sum, bias, out,

@@ -51,10 +51,12 @@ def why_invalid(config: Config, device: DeviceFacts) -> str | None:
     return None
 
 
-def choose_config(m: int, device: DeviceFacts) -> Config:
+def choose_config(m: int, k: int, device: DeviceFacts) -> Config:
     """The configuration for ``m`` tokens; fewer stages, then smaller tiles, where memory is short."""
-    index = next((i for i, c in enumerate(_RULE) if m <= c.block_m), len(_RULE) - 1)
-    for config in reversed(_RULE[: index + 1]):
+    # Rows that start at any byte are loaded byte by byte: the large tile then spills 6 KB a thread.
+    rule = _RULE if k % 16 == 0 else _RULE[:3]
+    index = next((i for i, c in enumerate(rule) if m <= c.block_m), len(rule) - 1)
+    for config in reversed(rule[: index + 1]):
         for stages in range(config.num_stages, 0, -1):
             candidate = replace(config, num_stages=stages)
             if why_invalid(candidate, device) is None:

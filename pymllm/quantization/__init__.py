@@ -1,0 +1,1 @@
+"""Quantization configurations and the schemes they select."""

@@ -1,0 +1,36 @@
+"""Every kernel compiled ahead of time: it builds, does not spill, and has no wgmma register race."""
+
+from __future__ import annotations
+
+import pytest
+
+from pymllm_kernels.testing import sass_lint
+from pymllm_kernels.testing.aot import AotCase, compile_for
+from pymllm_kernels.testing.cases import all_cases
+
+OTHER_TARGETS = ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942"]
+
+
+def _cases(target: str, tokens: tuple[int, ...] = (1, 17, 64, 4096)) -> list[object]:
+    return [pytest.param(case, id=case.name) for case in all_cases(target, tokens)]
+
+
+@pytest.mark.parametrize("case", _cases("sm_90"))
+def test_hopper(case: AotCase) -> None:
+    """Every kernel and tile on sm_90. fp32 activations run without tensor cores, still no spill."""
+    code = compile_for(case, "sm_90")
+    assert not code.spills, f"{code.spill_store_bytes} bytes stored, {code.spill_load_bytes} loaded"
+    assert code.cubin is not None
+    assert sass_lint.lint_cubin(code.cubin) == []
+    assert not [m for m in code.messages if "C75" in m], code.messages
+
+
+# One M tail tile and the largest one: what differs between targets is the instruction set.
+@pytest.mark.parametrize("target", OTHER_TARGETS)
+def test_other_targets(target: str) -> None:
+    for case in all_cases(target, (1, 4096)):
+        code = compile_for(case, target)
+        if target.startswith("gfx"):
+            assert code.amdgcn
+        else:
+            assert code.cubin and code.registers > 0, case.name
