@@ -45,7 +45,7 @@ def test_words_refusals(words: torch.Tensor, bits: int, count: int, message: str
 @pytest.mark.parametrize("layout_class", [SlicedInt4, BlockedInt8])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_layout_round_trip(
-    layout_class: type[SlicedInt4] | type[BlockedInt8], block_k: int, n: int, k: int
+    layout_class: type[SlicedInt4 | BlockedInt8], block_k: int, n: int, k: int
 ) -> None:
     layout = layout_class(block_k)
     codes = torch.randint(0, 1 << layout.bits, (n, k), dtype=torch.uint8)
