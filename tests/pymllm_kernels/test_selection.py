@@ -43,7 +43,7 @@ def w8a8(capability: str = "9.0", **changes: object) -> LinearProblem:
     return dataclasses.replace(problem, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("capability", TRITON_CAPABILITIES)
 def test_triton_from_8_0(capability: str, dtype: torch.dtype) -> None:
     for problem, name in ((w4a16, "triton_w4a16"), (w8a8, "triton_w8a8_int8")):
@@ -51,6 +51,13 @@ def test_triton_from_8_0(capability: str, dtype: torch.dtype) -> None:
         assert choice.kernel.name == name
         assert (choice.note is not None) == (capability == "13.7")
         assert len(choice.refusals) == 2
+
+
+def test_fp32_activations() -> None:
+    choice = select_kernel(w4a16(act_dtype=FP32))
+    assert choice.kernel.name == "torch_w4a16"
+    assert dict(choice.refusals)["triton_w4a16"].endswith("found torch.float32")
+    assert select_kernel(w8a8(act_dtype=FP32)).kernel.name == "triton_w8a8_int8"
 
 
 def test_unknown_capability_is_told() -> None:
@@ -86,6 +93,7 @@ def test_torch_below_8_0(capability: str) -> None:
         ({"group_size": 16}, "torch_w4a16", "found 16"),
         ({"group_size": -1}, "torch_w4a16", "found -1"),
         ({"act_order": True}, "torch_w4a16", "act-order"),
+        ({"act_dtype": FP32, "scale_dtype": FP32}, "torch_w4a16", "rounds products"),
         ({"scale_dtype": FP32}, "torch_w4a16", "found torch.float32"),
         ({"n": 4095}, "torch_w4a16", "found 4095"),
     ],
@@ -153,9 +161,8 @@ def test_planned_device_refusals(capability: str) -> None:
 
 
 FORMS = [
-    w4a16_tuning.Form(bits, act_bytes, block_k, group, group_index)
+    w4a16_tuning.Form(bits, block_k, group, group_index)
     for bits in (4, 8)
-    for act_bytes in (2, 4)
     for block_k in (64, 128)
     for group in (-1, 16, 32, 64, 128, 256)
     for group_index in (False, True)

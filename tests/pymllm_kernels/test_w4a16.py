@@ -29,7 +29,6 @@ LAYERS = [
     pytest.param(40, 256, 128, 8, True, False, BF16, id="int8-g128"),
     pytest.param(40, 99, -1, 8, False, False, BF16, id="int8-channel-asym"),
     pytest.param(12, 160, 32, 8, False, True, FP16, id="int8-act-order-asym"),
-    pytest.param(40, 256, 128, 4, False, False, FP32, id="fp32"),
 ]
 
 
@@ -114,6 +113,31 @@ def test_strided_inputs_equal_their_contiguous_copy(triton_device: str, group_si
         assert expected.shape == (*view.shape[:-1], 24)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(("group_size", "act_order"), [(64, False), (16, True), (-1, False)])
+def test_plain_torch_kernel(group_size: int, act_order: bool, dtype: torch.dtype) -> None:
+    layer = make_w4a16(24, 128, group_size, symmetric=False, act_order=act_order, dtype=dtype)
+    kernel = select_kernel(layer.problem, "torch_w4a16").kernel
+    weight = kernel.prepare(layer.problem, layer.words, layer.scale, layer.zero, layer.g_idx)
+    x = activations(9, 128, dtype, "cpu").view(3, 3, 128)
+    actual = kernel.apply(layer.problem, x, weight, None)
+    assert torch.equal(actual, F.linear(x, layer.rounded))
+
+
+@pytest.mark.parametrize("m", [0, 1, 9])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_cpu_int4pack(group_size: int, dtype: torch.dtype, m: int) -> None:
+    layer = make_w4a16(48, 2048, group_size, dtype=dtype)
+    kernel = select_kernel(layer.problem, "cpu_int4pack").kernel
+    weight = kernel.prepare(layer.problem, layer.words, layer.scale, layer.zero, layer.g_idx)
+    x = activations(m, 2048, dtype, "cpu")
+    bias = torch.linspace(-1, 1, 48, dtype=dtype)
+    actual = kernel.apply(layer.problem, x, weight, bias)
+    exact = x.double() @ layer.exact.T + bias.double()
+    assert_as_accurate_as_torch(actual, exact, F.linear(x, layer.rounded, bias))
+
+
 def test_bad_rows_stay_alone(triton_device: str) -> None:
     layer = make_w4a16(24, 128, 64, symmetric=False, device=triton_device)
     bias = torch.linspace(-1, 1, 24, dtype=BF16, device=triton_device)
@@ -147,7 +171,7 @@ def test_refusals_name_the_argument(triton_device: str) -> None:
     x = activations(2, 128, BF16, triton_device)
     bad_bias = torch.zeros(9, device=triton_device)
     for call, message in [
-        (lambda: w4a16_gemm(x.to(torch.int8), weight, group_size=64), "x: found dtype torch.int8"),
+        (lambda: w4a16_gemm(x.float(), weight, group_size=64), "x: found dtype torch.float32"),
         (lambda: w4a16_gemm(x[:, :30], weight, group_size=64), "group_size: found 64"),
         (lambda: w4a16_gemm(x.repeat(1, 2), weight, group_size=64), "x: found 256 inputs"),
         (lambda: w4a16_gemm(x, weight, bad_bias, group_size=64), r"bias: found shape \(9,\)"),

@@ -15,7 +15,7 @@ from pymllm_kernels.w4a16.tuning import Config, Form, choose_config
 from pymllm_kernels.w8a8_int8 import kernel as w8a8_kernel
 from pymllm_kernels.w8a8_int8.tuning import choose_config as choose_w8a8_config
 
-_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _TOKENS = (1, 17, 64, 4096)
 
 
@@ -48,7 +48,6 @@ W4A16_VARIANTS = (
     W4A16Variant("bf16-g128-act-order", act_order=True),
     W4A16Variant("bf16-int8-g128", bits=8),
     W4A16Variant("bf16-int8-channel-asym", bits=8, group_size=-1, zero=True),
-    W4A16Variant("fp32-g128-asym", dtype=torch.float32, zero=True),
 )
 
 
@@ -64,10 +63,7 @@ def w4a16_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotC
     """The weight-only GEMM: every variant at the tile of each number of tokens."""
     device = target_device(target)
     for variant in W4A16_VARIANTS:
-        form = Form(
-            variant.bits, variant.dtype.itemsize, variant.block_k, variant.group_size,
-            variant.group_index,
-        )  # fmt: skip
+        form = Form(variant.bits, variant.block_k, variant.group_size, variant.group_index)
         configs = dict.fromkeys(choose_config(m, form, device) for m in tokens)
         for config in configs:
             yield _w4a16_case(variant, form, config, device)

@@ -8,7 +8,7 @@ import torch
 
 from pymllm_kernels.w4a16.layout import choose_layout
 
-ACT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ACT_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class W4A16Weight(NamedTuple):
@@ -104,7 +104,7 @@ def w4a16_gemm(
     """``x @ W.T + bias`` with an int4 or int8 weight, accumulated in fp32, rounded once.
 
     Args:
-        x: ``[..., K]``, bf16, fp16 or fp32, any strides.
+        x: ``[..., K]``, bf16 or fp16, any strides.
         weight: from :func:`prepare`.
         bias: ``[N]``, floating, or ``None``.
         bits: 4 or 8.

@@ -230,7 +230,7 @@ def launch(
     if m == 0 or n == 0:
         return
     block_k = weight.shape[2] * (4 if bits == 4 else 1)
-    form = Form(bits, x.element_size(), block_k, group_size, group_index is not None)
+    form = Form(bits, block_k, group_size, group_index is not None)
     facts = device_facts(x.device)
     if config is None:
         config = choose_config(m, form, facts)
@@ -248,11 +248,11 @@ def kernel_constants(
 ) -> dict[str, object]:
     """The compile-time arguments, for the launcher and for compiling ahead of time.
 
-    The interpreter and fp32 activations compute in fp32: the interpreter's bf16 arithmetic is wrong,
-    and it has no inline assembly. AMD takes the portable path in the activations' dtype.
+    The interpreter computes in fp32: its bf16 arithmetic is wrong, and it has no inline assembly. AMD
+    takes the portable path in the activations' dtype.
     """
     compute = torch.float32 if device.type == "cpu" else dtype
-    magic = form.bits == 4 and device.type == "cuda" and compute != torch.float32
+    magic = form.bits == 4 and device.type == "cuda"
     offset = (128.0 if compute == torch.bfloat16 else 1024.0) if magic else 0.0
     return {
         "BITS": form.bits,

@@ -26,6 +26,8 @@ class Config:
     group_m: int = 8
 
 
+ACT_BYTES = 2
+
 # Each ordered from the smallest token tile: the first whose block_m holds M is taken, else the last.
 # Registers decide the shapes, compiled for sm_90: a scale for every slice or every weight needs a
 # second partial sum or fp32 weights beside the accumulator, so 128x128 would spill. 64 features on
@@ -37,12 +39,6 @@ _RULE = (
     Config(block_m=128, block_n=128, num_warps=8, num_stages=3),
 )
 _RULE_FINE_GROUPS = _RULE[:3]
-# No tensor cores for fp32: their operands take twice the registers.
-_RULE_FP32 = (
-    _RULE[0],
-    Config(block_m=32, block_n=64, num_warps=8, num_stages=4),
-    Config(block_m=64, block_n=64, num_warps=8, num_stages=3),
-)
 
 
 @dataclass(frozen=True)
@@ -51,14 +47,12 @@ class Form:
 
     Attributes:
         bits: 4 or 8.
-        act_bytes: bytes of an activation.
         block_k: block of the weight layout.
         group_size: inputs a scale, -1 for one scale a row.
         group_index: whether a slice of the layout spans groups.
     """
 
     bits: int
-    act_bytes: int
     block_k: int
     group_size: int
     group_index: bool = False
@@ -66,8 +60,6 @@ class Form:
     @property
     def rule(self) -> tuple[Config, ...]:
         """The configurations of this form, by growing block_m."""
-        if self.act_bytes == 4:
-            return _RULE_FP32
         fine = self.group_size > 0 and self.group_size % (self.block_k // 2) != 0
         return _RULE_FINE_GROUPS if fine or self.group_index else _RULE
 
@@ -75,7 +67,7 @@ class Form:
 def shared_memory_bytes(config: Config, form: Form) -> int:
     """Shared memory of the pipeline's buffers: one weight and one activation tile a stage."""
     weight = config.block_n * form.block_k * form.bits // 8
-    activation = config.block_m * form.block_k * form.act_bytes
+    activation = config.block_m * form.block_k * ACT_BYTES
     return config.num_stages * (weight + activation)
 
 
