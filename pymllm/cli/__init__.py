@@ -1,0 +1,1 @@
+"""The ``pymllm`` command: see :mod:`pymllm.cli.main`."""
