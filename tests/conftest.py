@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.utils._device
+
+# `with torch.device(...)` knows torch.empty by identity, from a cache: filled before the fixture below
+# replaces it.
+torch.utils._device._device_constructors()
 
 
 @pytest.fixture(autouse=True)

@@ -119,12 +119,7 @@ def plan_linears(
     """
     if kernel is not None and kernel not in kernel_names():
         raise ValueError(f"kernel: found {kernel!r}, accepted {kernel_names()}")
-    block = find_quantization_block(checkpoint.config)
-    if block is None:
-        raise ValueError(
-            f"{checkpoint.directory / CONFIG_NAME}: found no quantization_config, "
-            "expected one of compressed-tensors"
-        )
+    block = _block_of(checkpoint)
     config = CompressedTensorsConfig.from_config(block)
     modules = _chosen(checkpoint.modules(), names)
     planner = _Planner(
@@ -154,6 +149,16 @@ def plan_linears(
             raise ValueError(told)
         warnings.warn(told, stacklevel=3)
     return CheckpointPlan(config, tuple(layers), tuple(plain))
+
+
+def _block_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    block = find_quantization_block(checkpoint.config)
+    if block is None:
+        raise ValueError(
+            f"{checkpoint.directory / CONFIG_NAME}: found no quantization_config, "
+            "expected one of compressed-tensors"
+        )
+    return block
 
 
 def activation_dtype(config: Mapping[str, Any], dtype: torch.dtype | str | None) -> torch.dtype:

@@ -64,14 +64,7 @@ class LinearBase(TensorLoader, nn.Module):
         """
         super().__init__()
         self.prefix = prefix
-        for name, size in (
-            ("in_features", in_features),
-            *(("out_features", n) for n in output_sizes),
-        ):
-            if size < 1:
-                raise ValueError(f"layer {prefix!r}: {name}: found {size}, expected at least 1")
-        if not output_sizes:
-            raise ValueError(f"layer {prefix!r}: output_sizes: found none, expected at least one")
+        _check_sizes(prefix, in_features, output_sizes)
         if quant_config is not None and quant_method is not None:
             raise ValueError(
                 f"layer {prefix!r}: found quant_config and quant_method, expected one of them"
@@ -277,6 +270,15 @@ class RowParallelLinear(Linear):
         _check_one_rank(kwargs.get("prefix", ""), tp_size, tp_rank)
         super().__init__(in_features, out_features, bias, **kwargs)
         self.tp_size, self.tp_rank = tp_size, tp_rank
+
+
+def _check_sizes(prefix: str, in_features: int, output_sizes: Sequence[int]) -> None:
+    if not output_sizes:
+        raise ValueError(f"layer {prefix!r}: output_sizes: found none, expected at least one")
+    sizes = [("in_features", in_features), *(("out_features", size) for size in output_sizes)]
+    for name, size in sizes:
+        if size < 1:
+            raise ValueError(f"layer {prefix!r}: {name}: found {size}, expected at least 1")
 
 
 def _check_one_rank(prefix: str, tp_size: int, tp_rank: int) -> None:

@@ -6,12 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.utils._device
 from safetensors.torch import save_file
-
-# The suite's torch.empty fixture replaces what `with torch.device(...)` recognises by identity;
-# filling torch's cache first keeps the original known.
-torch.utils._device._device_constructors()
 
 
 def _scheme(bits, group_size, symmetric, int8):

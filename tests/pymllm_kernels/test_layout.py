@@ -20,6 +20,15 @@ def test_words_round_trip(bits: int, count: int) -> None:
     assert torch.equal(unpack_words(words, bits, count), codes)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_of_any_stride(bits: int) -> None:
+    codes = torch.randint(0, 1 << bits, (3, 3), dtype=torch.uint8)
+    words = pack_words(codes, bits)
+    for view in (words.T.contiguous().T, words.repeat(2, 1)[::2], words.repeat(1, 2)[:, ::2]):
+        dense = view.clone(memory_format=torch.contiguous_format)
+        assert torch.equal(unpack_words(view, bits, 3), unpack_words(dense, bits, 3))
+
+
 def test_words_follow_the_format() -> None:
     # Element i sits at bits 4 i of the word, the padding has raw code 0.
     codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 15, 9]], dtype=torch.uint8)

@@ -159,4 +159,4 @@ def test_a_cpu_tensor_needs_the_interpreter() -> None:
     layer = make_w4a16(8, 128, 64)
     weight = api.prepare(layer.words, layer.scale, None, None, bits=4, k=128)
     with pytest.raises(RuntimeError, match="w4a16_gemm: found CPU tensors"):
-        api.w4a16_gemm(torch.ones(2, 128), weight, group_size=64)
+        api.w4a16_gemm(torch.ones(2, 128, dtype=BF16), weight, group_size=64)

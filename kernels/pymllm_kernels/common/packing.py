@@ -41,12 +41,13 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
             f"for {count} elements of {bits} bits"
         )
     # Little-endian: the bytes of a word are its elements from the least significant bits upwards.
-    octets = words.contiguous().view(torch.uint8)
+    if not words.is_contiguous() or words.stride(-1) != 1:
+        # Not contiguous(): torch counts a transposed [N, 1], which view(dtype) refuses, as such.
+        words = words.clone(memory_format=torch.contiguous_format)
+    octets = words.view(torch.uint8)
     if bits == 8:
         return octets[..., :count]
-    codes = torch.empty(*octets.shape, 2, dtype=torch.uint8, device=words.device)
-    torch.bitwise_and(octets, 15, out=codes[..., 0])
-    torch.bitwise_right_shift(octets, 4, out=codes[..., 1])
+    codes = torch.stack((octets & 15, octets >> 4), dim=-1)
     return codes.flatten(-2)[..., :count]
 
 

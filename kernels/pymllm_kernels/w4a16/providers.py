@@ -173,8 +173,9 @@ class TorchW4A16(W4A16Kernel):
         weight: W4A16Weight,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
+        # torch's matmul sums in another order for other strides: a view then differs from its copy.
         return reference.linear(
-            x, weight.weight, weight.scale, weight.zero, weight.group_index, bias,
+            x.contiguous(), weight.weight, weight.scale, weight.zero, weight.group_index, bias,
             problem.weight_bits,
         )  # fmt: skip
 

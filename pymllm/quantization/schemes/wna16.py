@@ -20,6 +20,7 @@ from pymllm.layers.parameter import (
     raw_zero_points,
 )
 from pymllm.quantization.marlin import SCALAR_TYPE_UINT4, SCALAR_TYPE_UINT4B8, ScalarType
+from pymllm.quantization.schemes.act_order import check_groups, is_neighbours, is_set
 from pymllm.quantization.schemes.common import (
     LinearScheme,
     choose_kernel,
@@ -251,10 +252,9 @@ class CompressedTensorsWNA16Scheme(LinearScheme):
                 raise ValueError(
                     "found zero points other than 0, expected none: the scheme is symmetric"
                 )
-        elif not bool((loaded == -1).any()):
+        elif is_set(loaded):
             size = owner.input_size_per_partition if self.group_size < 0 else self.group_size
-            regular = torch.arange(len(loaded), device=loaded.device) // size
-            if not torch.equal(loaded.to(torch.int64), regular):
+            if not is_neighbours(loaded, size):
                 raise ValueError(
                     f"found groups in activation order, expected k // {size}: the scheme's "
                     f"actorder is {self.actorder!r}"
@@ -273,13 +273,14 @@ class CompressedTensorsWNA16Scheme(LinearScheme):
         if name == _CHECKPOINT_LAYOUT_KERNEL:
             return super().choice_after_move(layer, device)
         problem = dataclasses.replace(owner.problem, device=device_facts(device))
-        try:
-            return choose_kernel(layer, problem, name)
-        except ValueError as error:
+        reason = owner.kernel_choice.kernel.why_not(problem)
+        if reason is not None:
             raise ValueError(
-                f"{error}. The weights were converted for {name} on "
-                f"{owner.problem.device.name}; load the checkpoint with device={str(device)!r}"
-            ) from None
+                f"{place_of(layer)}: found weights converted for {name} on "
+                f"{owner.problem.device.name}, which does not run on {device} ({reason}); "
+                f"load the checkpoint with device={str(device)!r}"
+            )
+        return choose_kernel(layer, problem, name)
 
     def finish_move(self, layer: nn.Module, choice: KernelChoice) -> None:
         """Convert the moved tensors for ``choice`` if they are in the checkpoint's layout."""
@@ -358,18 +359,10 @@ class CompressedTensorsWNA16Scheme(LinearScheme):
     def _group_index(self, layer: nn.Module) -> torch.Tensor | None:
         """Group of each input, or None where groups are neighbouring inputs."""
         g_idx = layer._parameters.get("weight_g_idx")
-        if self.actorder != "group" or g_idx is None or bool((g_idx == -1).any()):
+        if self.actorder != "group" or g_idx is None or not is_set(g_idx):
             return None
-        size, groups = self.group_size, len(g_idx) // self.group_size
-        low, high = int(g_idx.min()), int(g_idx.max())
-        place = f"{place_of(layer)}: weight_g_idx"
-        if low < 0 or high >= groups:
-            raise ValueError(f"{place}: found groups {low} .. {high}, expected 0 .. {groups - 1}")
-        counts = torch.bincount(g_idx.to(torch.int64), minlength=groups)
-        if bool((counts != size).any()):
-            group = int((counts != size).nonzero()[0])
-            raise ValueError(
-                f"{place}: found group {group} for {int(counts[group])} inputs, expected {size}"
-            )
-        regular = torch.arange(len(g_idx), device=g_idx.device) // size
-        return None if torch.equal(g_idx.to(torch.int64), regular) else g_idx.data
+        try:
+            check_groups(g_idx, self.group_size)
+        except ValueError as error:
+            raise ValueError(f"{place_of(layer)}: weight_g_idx: {error}") from None
+        return None if is_neighbours(g_idx, self.group_size) else g_idx.data
