@@ -1,0 +1,229 @@
+"""Time of one call: GPU time by CUDA-graph replay, eager loops, host cost, and CPU wall clock.
+
+GPU modules are reached through ``torch.cuda`` inside the functions, so importing needs no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+
+LOW, HIGH = 10, 90
+# A graph shorter than this shows its own launch, a longer one only costs time.
+MIN_GRAPH_US = 1_000.0
+MAX_GRAPH_US = 4_000.0
+MAX_CALLS = 512
+BUDGET_US = 30_000.0
+MIN_SAMPLES, MAX_SAMPLES = 11, 31
+# One graph of a call this long costs as much as a whole budget: the median of fewer has to do.
+LONG_CALL_US = 20_000.0
+LONG_SAMPLES = 5
+# Of a call this long, the host's share is nothing.
+SURE_CALL_US = 5_000.0
+PILOT_CALLS = 4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call.
+
+    Attributes:
+        median_us: median of the samples.
+        low_us: 10th percentile.
+        high_us: 90th percentile.
+        samples_us: every sample, each the mean of ``calls`` calls.
+        copies: weight copies that were rotated.
+        calls: calls of one sample.
+    """
+
+    median_us: float
+    low_us: float
+    high_us: float
+    samples_us: tuple[float, ...]
+    copies: int
+    calls: int
+
+
+def summarize(samples_us: Sequence[float], copies: int, calls: int) -> Timing:
+    """Median and percentiles of samples, at least one."""
+    ordered = sorted(samples_us)
+    return Timing(
+        statistics.median(ordered),
+        percentile(ordered, LOW),
+        percentile(ordered, HIGH),
+        tuple(samples_us),
+        copies,
+        calls,
+    )
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """Percentile of sorted values, linear between neighbours."""
+    place = (len(ordered) - 1) * percent / 100
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def copies_for(bytes_a_copy: int, min_bytes: int, most: int = 64) -> int:
+    """Weight copies that together exceed ``min_bytes``: 2 .. ``most``."""
+    return max(2, min(most, -(-min_bytes // max(1, bytes_a_copy))))
+
+
+def cold_bytes(l2_bytes: int | None) -> int:
+    """What the weight copies must add up to so that none is found in the L2."""
+    return max(256 * 2**20, 4 * (l2_bytes or 0))
+
+
+def plan_calls(copies: int, call_us: float) -> tuple[int, int]:
+    """How many copies a graph rotates and how many calls it holds.
+
+    All copies while the graph stays under ``MAX_GRAPH_US``, fewer (but two) when one call is long;
+    whole rounds of them until the graph is at least ``MIN_GRAPH_US`` long. Of very long calls one.
+    """
+    call_us = max(call_us, 0.5)
+    if call_us > LONG_CALL_US:
+        return 1, 1
+    used = copies
+    if copies * call_us > MAX_GRAPH_US:
+        used = min(copies, max(2, int(MAX_GRAPH_US / call_us)))
+    rounds = max(1, math.ceil(MIN_GRAPH_US / (used * call_us)))
+    rounds = max(1, min(rounds, MAX_CALLS // used))
+    return used, used * rounds
+
+
+def samples_for(sample_us: float, call_us: float) -> int:
+    """Number of samples that stays near the budget and still gives an honest median."""
+    if call_us > LONG_CALL_US:
+        return LONG_SAMPLES
+    return max(MIN_SAMPLES, min(MAX_SAMPLES, int(BUDGET_US / max(sample_us, 1.0))))
+
+
+def graph_time(calls: Sequence[Call]) -> Timing:
+    """GPU time of one call, weights from wherever rotating over ``calls`` leaves them.
+
+    Args:
+        calls: one thunk for each weight copy; a single one leaves its weight in the L2.
+    """
+    call_us = _warm_up(calls)
+    if call_us < SURE_CALL_US:
+        # Short calls issued one by one show the host: a first graph tells how long they are.
+        pilot = _capture([calls[i % len(calls)] for i in range(PILOT_CALLS)])
+        call_us = min(_replay(pilot, 2)) / PILOT_CALLS
+        pilot.reset()
+    used, count = plan_calls(len(calls), call_us)
+    graph = _capture([calls[i % used] for i in range(count)])
+    _replay(graph, 1 if call_us > LONG_CALL_US else 2)
+    samples = _replay(graph, samples_for(count * call_us, call_us))
+    graph.reset()
+    return summarize([sample / count for sample in samples], used, count)
+
+
+def _warm_up(calls: Sequence[Call]) -> float:
+    """Runs what compiles or allocates before any capture; microseconds of one eager call."""
+    stream = _side_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+        call_us = _eager_sample(calls[:1], 1)
+        if call_us < SURE_CALL_US:
+            for call in calls[:3]:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    return call_us
+
+
+@functools.cache
+def _side_stream(device: int) -> Any:
+    # One for all captures: what libraries allocate for each stream, they allocate once.
+    make: Any = torch.cuda.Stream
+    return make(device=device)
+
+
+def _capture(calls: Sequence[Call]) -> Any:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=_side_stream(torch.cuda.current_device())):
+        for call in calls:
+            call()
+    return graph
+
+
+def _event() -> Any:
+    make: Any = torch.cuda.Event
+    return make(enable_timing=True)
+
+
+def _replay(graph: Any, samples: int) -> list[float]:
+    """Microseconds of each replay. All are queued at once: the host stays out of the intervals."""
+    events = [(_event(), _event()) for _ in range(samples)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+
+def eager_time(calls: Sequence[Call], samples: int = MIN_SAMPLES) -> Timing:
+    """Time of one call in a loop of eager calls between two events: GPU time or host, the longer."""
+    _warm_up(calls)
+    pilot_us = _eager_sample(calls, len(calls)) / len(calls)
+    used, count = plan_calls(len(calls), pilot_us)
+    times = [_eager_sample(calls[:used], count) / count for _ in range(samples)]
+    return summarize(times, used, count)
+
+
+def _eager_sample(calls: Sequence[Call], count: int) -> float:
+    """Microseconds of ``count`` eager calls on the current stream."""
+    start, end = _event(), _event()
+    start.record()
+    for i in range(count):
+        calls[i % len(calls)]()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3
+
+
+def host_time(call: Call, count: int = 48, samples: int = MIN_SAMPLES) -> Timing:
+    """Host time to issue one eager call. Few calls a sample, so that no full queue blocks them."""
+    for _ in range(20):
+        call()
+    times = []
+    for _ in range(samples):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        times.append((time.perf_counter() - start) * 1e6 / count)
+    torch.cuda.synchronize()
+    return summarize(times, 1, count)
+
+
+def cpu_time(calls: Sequence[Call], budget_s: float = 0.15) -> Timing:
+    """Wall clock of one call on a CPU, rotating over ``calls``."""
+    for call in calls[:2]:
+        call()
+    start = time.perf_counter()
+    calls[0]()
+    pilot = max(time.perf_counter() - start, 1e-7)
+    count = max(1, min(100, int(1e-3 / pilot)))
+    samples = max(5, min(MAX_SAMPLES, int(budget_s / (pilot * count))))
+    times = []
+    turn = 0
+    for _ in range(samples):
+        start = time.perf_counter()
+        for _ in range(count):
+            calls[turn % len(calls)]()
+            turn += 1
+        times.append((time.perf_counter() - start) * 1e6 / count)
+    return summarize(times, min(len(calls), turn), count)
