@@ -24,6 +24,21 @@ from pymllm_kernels.w4a16.tuning import Config, Form, choose_config
 _TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+# One 32-bit register of two 16-bit words in, four registers of two 16-bit floats out.
+_OR_MAGIC = """{
+.reg .b32 t;
+lop3.b32 $0, $4, 0x000F000F, MAGIC, 0xEA;
+shr.u32 t, $4, 4;
+lop3.b32 $1, t, 0x000F000F, MAGIC, 0xEA;
+shr.u32 t, $4, 8;
+lop3.b32 $2, t, 0x000F000F, MAGIC, 0xEA;
+shr.u32 t, $4, 12;
+lop3.b32 $3, t, 0x000F000F, MAGIC, 0xEA;
+}"""
+_OR_MAGIC_BF16 = tl.constexpr(_OR_MAGIC.replace("MAGIC", "0x43004300"))
+_OR_MAGIC_FP16 = tl.constexpr(_OR_MAGIC.replace("MAGIC", "0x64006400"))
+
+
 @triton.jit
 def _or_magic_int4(words, HALF: tl.constexpr):
     """16-bit words to 4 tiles of ``128 + code`` (bf16) or ``1024 + code`` (fp16), exact.
@@ -33,40 +48,14 @@ def _or_magic_int4(words, HALF: tl.constexpr):
     """
     if HALF == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t;
-            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
-            shr.u32 t, $4, 4;
-            lop3.b32 $1, t, 0x000F000F, 0x43004300, 0xEA;
-            shr.u32 t, $4, 8;
-            lop3.b32 $2, t, 0x000F000F, 0x43004300, 0xEA;
-            shr.u32 t, $4, 12;
-            lop3.b32 $3, t, 0x000F000F, 0x43004300, 0xEA;
-            }""",
-            "=r,=r,=r,=r,r",
-            [words],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
+            _OR_MAGIC_BF16, "=r,=r,=r,=r,r", [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t;
-            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 t, $4, 4;
-            lop3.b32 $1, t, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 t, $4, 8;
-            lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 t, $4, 12;
-            lop3.b32 $3, t, 0x000F000F, 0x64006400, 0xEA;
-            }""",
-            "=r,=r,=r,=r,r",
-            [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
+            _OR_MAGIC_FP16, "=r,=r,=r,=r,r", [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @triton.jit
