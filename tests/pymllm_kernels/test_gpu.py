@@ -156,6 +156,9 @@ def test_more_than_2_31_inputs() -> None:
     last = slice(m - 8, m)
     exact = x[last].double() @ layer.exact.T
     assert_as_accurate_as_torch(out[last], exact, F.linear(x[last], layer.rounded))
+    transposed = x.T.contiguous().T
+    assert torch.equal(kernel.apply(layer.problem, transposed, weight, None)[last], out[last])
+    del transposed
     codes, scale = per_token_quant_int8(x)
     expected = quant_reference.per_token_quant_int8(x[last])
     assert torch.equal(codes[last], expected[0]) and torch.equal(scale[last, 0], expected[1])

@@ -96,7 +96,8 @@ def _load_activations(
         mask = mask & (k < K)[:, None]
     if perm_ptr is not None:
         k = tl.load(perm_ptr + k, mask=k < K, other=0)
-    pointers = x_ptr + rows[None, :] * stride_xm + (k * stride_xk)[:, None]
+    # 64-bit: k * stride passes 2**31 for a large transposed x.
+    pointers = x_ptr + rows[None, :] * stride_xm + (k.to(tl.int64) * stride_xk)[:, None]
     return tl.load(pointers, mask=mask, other=0.0).to(COMPUTE)
 
 
