@@ -20,7 +20,13 @@ from pymllm.cli.bench_cells import (
     skipped,
     summary,
 )
-from pymllm.cli.report import Progress, counted, format_table, print_json
+from pymllm.cli.report import (
+    Progress,
+    add_output_options,
+    counted,
+    format_table,
+    print_json,
+)
 from pymllm.cli.run import token_counts
 
 if TYPE_CHECKING:
@@ -82,8 +88,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda or cuda:INDEX (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="save the run there, too")
-    parser.add_argument("--json", action="store_true", help="print the run as one JSON document")
-    parser.add_argument("--verbose", action="store_true", help="say each step on stderr")
+    add_output_options(parser, "print the run as one JSON document")
     parser.set_defaults(handler=execute)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from pymllm.cli import checks, kernel_checks, probe
 from pymllm.cli.checks import Check, Gpu
 from pymllm.cli.machine import Driver, find_gpus, hidden_by, stdout_of
-from pymllm.cli.report import Progress, format_table, print_json
+from pymllm.cli.report import Progress, add_output_options, format_table, print_json
 
 BROKEN = 1
 
@@ -58,8 +58,7 @@ def add_parser(commands: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--verbose", action="store_true", help="say each step on stderr")
+    add_output_options(parser)
     parser.set_defaults(handler=execute)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymllm.cli.report import (
     Progress,
+    add_output_options,
     choice_as_json,
     compact_names,
     counted,
@@ -53,8 +54,7 @@ def add_parser(commands: Any) -> None:
         "--dtype", choices=DTYPE_NAMES, help="dtype of activations (default: the checkpoint's)"
     )
     parser.add_argument("--all", action="store_true", help="list every layer by itself")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--verbose", action="store_true", help="say each step on stderr")
+    add_output_options(parser)
     parser.set_defaults(handler=execute)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -34,6 +35,14 @@ def format_table(
         ).rstrip()
         for row in table
     )
+
+
+def add_output_options(
+    parser: argparse.ArgumentParser, json_help: str = "print one JSON document"
+) -> None:
+    """Adds what every command takes: ``--json`` and ``--verbose``."""
+    parser.add_argument("--json", action="store_true", help=json_help)
+    parser.add_argument("--verbose", action="store_true", help="say each step on stderr")
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymllm.cli.report import (
     Progress,
+    add_output_options,
     choice_as_json,
     counted,
     format_table,
@@ -101,8 +102,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=token_counts, default=DEFAULT_TOKENS, metavar="M,M,...",
         help="rows of the input to run (default: 1,16,256)",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--verbose", action="store_true", help="say each step on stderr")
+    add_output_options(parser)
 
 
 def add_parser(commands: Any) -> None:

@@ -226,50 +226,35 @@ class MergedLinear(LinearBase):
             )
 
 
-class ColumnParallelLinear(Linear):
+class _ParallelLinear(Linear):
+    """A linear layer that ranks may share; one rank for now."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        tp_size: int = 1,
+        tp_rank: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        """See :class:`Linear`; ``tp_size`` ranks share the layer, this one is ``tp_rank``.
+
+        Raises:
+            ValueError: ``tp_size`` is not 1.
+        """
+        _check_one_rank(kwargs.get("prefix", ""), tp_size, tp_rank)
+        super().__init__(in_features, out_features, bias, **kwargs)
+        self.tp_size, self.tp_rank = tp_size, tp_rank
+
+
+class ColumnParallelLinear(_ParallelLinear):
     """A linear layer whose outputs may be split over ranks; one rank for now."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        tp_size: int = 1,
-        tp_rank: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        """See :class:`Linear`; ``tp_size`` ranks share the outputs, this one is ``tp_rank``.
 
-        Raises:
-            ValueError: ``tp_size`` is not 1.
-        """
-        _check_one_rank(kwargs.get("prefix", ""), tp_size, tp_rank)
-        super().__init__(in_features, out_features, bias, **kwargs)
-        self.tp_size, self.tp_rank = tp_size, tp_rank
-
-
-class RowParallelLinear(Linear):
+class RowParallelLinear(_ParallelLinear):
     """A linear layer whose inputs may be split over ranks; one rank for now."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        tp_size: int = 1,
-        tp_rank: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        """See :class:`Linear`; ``tp_size`` ranks share the inputs, this one is ``tp_rank``.
-
-        Raises:
-            ValueError: ``tp_size`` is not 1.
-        """
-        _check_one_rank(kwargs.get("prefix", ""), tp_size, tp_rank)
-        super().__init__(in_features, out_features, bias, **kwargs)
-        self.tp_size, self.tp_rank = tp_size, tp_rank
 
 
 def _check_sizes(prefix: str, in_features: int, output_sizes: Sequence[int]) -> None:

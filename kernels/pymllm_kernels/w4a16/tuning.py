@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from pymllm_kernels.common.launch import first_that_fits, why_too_large
 from pymllm_kernels.device import DeviceFacts
 
 
@@ -73,25 +74,11 @@ def shared_memory_bytes(config: Config, form: Form) -> int:
 
 def why_invalid(config: Config, form: Form, device: DeviceFacts) -> str | None:
     """``None`` if the kernel can be launched with this configuration, else the reason."""
-    needed = shared_memory_bytes(config, form)
-    if device.shared_memory and needed > device.shared_memory:
-        return (
-            f"{config} needs {needed} bytes of shared memory, {device.name} has "
-            f"{device.shared_memory}"
-        )
-    return None
+    return why_too_large(config, shared_memory_bytes(config, form), device)
 
 
 def choose_config(m: int, form: Form, device: DeviceFacts) -> Config:
     """The configuration for ``m`` tokens; fewer stages, then smaller tiles, where memory is short."""
-    rule = form.rule
-    index = next((i for i, c in enumerate(rule) if m <= c.block_m), len(rule) - 1)
-    for config in reversed(rule[: index + 1]):
-        for stages in range(config.num_stages, 0, -1):
-            candidate = replace(config, num_stages=stages)
-            if why_invalid(candidate, form, device) is None:
-                return candidate
-    raise ValueError(
-        f"no configuration of the W4A16 kernel fits the shared memory of {device.name} "
-        f"({device.shared_memory} bytes)"
+    return first_that_fits(
+        form.rule, m, lambda config: why_invalid(config, form, device), device, "the W4A16 kernel"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from pymllm_kernels.common.launch import first_that_fits, why_too_large
 from pymllm_kernels.device import DeviceFacts
 
 
@@ -43,25 +44,13 @@ _RULE = (
 def why_invalid(config: Config, device: DeviceFacts) -> str | None:
     """``None`` if the kernel can be launched with this configuration, else the reason."""
     needed = config.num_stages * (config.block_m + config.block_n) * config.block_k
-    if device.shared_memory and needed > device.shared_memory:
-        return (
-            f"{config} needs {needed} bytes of shared memory, {device.name} has "
-            f"{device.shared_memory}"
-        )
-    return None
+    return why_too_large(config, needed, device)
 
 
 def choose_config(m: int, k: int, device: DeviceFacts) -> Config:
     """The configuration for ``m`` tokens; fewer stages, then smaller tiles, where memory is short."""
     # Rows that start at any byte are loaded byte by byte: the large tile then spills 6 KB a thread.
     rule = _RULE if k % 16 == 0 else _RULE[:3]
-    index = next((i for i, c in enumerate(rule) if m <= c.block_m), len(rule) - 1)
-    for config in reversed(rule[: index + 1]):
-        for stages in range(config.num_stages, 0, -1):
-            candidate = replace(config, num_stages=stages)
-            if why_invalid(candidate, device) is None:
-                return candidate
-    raise ValueError(
-        f"no configuration of the int8 GEMM fits the shared memory of {device.name} "
-        f"({device.shared_memory} bytes)"
+    return first_that_fits(
+        rule, m, lambda config: why_invalid(config, device), device, "the int8 GEMM"
     )
