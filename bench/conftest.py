@@ -14,7 +14,7 @@ from pymllm.bench.measure import HOST_TOKENS
 from pymllm.bench.providers import select
 from pymllm.bench.run import CPU_COPY_BYTES, default_device
 from pymllm.bench.shapes import CPU_SHAPES, CPU_TOKENS, SHAPES, TOKENS, parse_shape
-from pymllm.bench.timing import cold_bytes
+from pymllm.bench.timing import cold_bytes, graph_method
 from pymllm.bench.workload import SCHEMES
 
 
@@ -68,7 +68,7 @@ def _facts(cache: str) -> dict[str, Any]:
     min_bytes = cold_bytes(facts["l2_bytes"]) if gpu else CPU_COPY_BYTES
     return {
         "environment": facts,
-        "method": {"cache": cache, "min_copy_bytes": min_bytes},
+        "method": {"cache": cache, "min_copy_bytes": min_bytes, "graph": graph_method(gpu)},
         "cells": [],
     }
 

@@ -1,6 +1,9 @@
 """A full run on one GPU, written after every layer so that a killed run leaves what it has.
 
-python bench/h200_run.py --out DIR [--providers ours,cublas_bf16] [--time-limit 1500]
+python bench/h200_run.py --out DIR [--providers ours,cublas_bf16] [--time-limit 480]
+
+The most telling cells come first: ours and torch's on every layer, then vLLM's and torchao's if they are
+there, Humming, and GemLite on its two layers.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from statistics import median
 from typing import Any
 
 from pymllm.bench.providers import NAMES
+from pymllm.bench.providers.gemlite import AUTOTUNES, CANDIDATES
 from pymllm.bench.run import run
 from pymllm.bench.shapes import TUNED_SHAPES, parse_shape
+from pymllm.bench.timing import REST
 from pymllm.bench.workload import SCHEMES
 
 
@@ -32,6 +37,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--modes", type=listed, default=["graph", "host"])
     parser.add_argument("--caches", type=listed, default=["cold"])
     parser.add_argument("--tune-all", action="store_true", help="GemLite on every shape")
+    parser.add_argument("--gemlite-autotune", choices=AUTOTUNES, default="fast")
+    parser.add_argument(
+        "--gemlite-candidates", type=int, default=CANDIDATES, metavar="N",
+        help=f"the most that max tries of a class of M (default: {CANDIDATES})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rest", type=float, default=REST, metavar="X",
+        help="idle time before the replays of a call, as a multiple of the GPU time that they take"
+        f" (default: {REST:g})",
+    )  # fmt: skip
     parser.add_argument("--time-limit", type=float, metavar="S")
     return parser.parse_args()
 
@@ -62,12 +77,21 @@ def summary(document: dict[str, Any]) -> str:
         if facts["absent"]:
             lines.append(f"{name}: absent: {facts['absent']}")
             continue
+        if facts.get("warm_s", 0) > 1:
+            lines.append(f"{name}: compiled ahead for {facts['warm_s']} s {facts['warm'] or ''}")
         fractions = [c["roof_fraction"] for c in timed]
         spread = [c["high_us"] / c["low_us"] - 1 for c in timed]
         text = f"{name}: {len(timed)} times"
         if timed:
             text += f", median {median(fractions):.2f} of the roof, spread {median(spread):.3f}"
         lines.append(text)
+        slowed = [c for c in timed if c["throttle"]]
+        if slowed:
+            clocks = sorted(c["sm_mhz"] for c in slowed)
+            lines.append(
+                f"  {len(slowed)} of them under {', '.join(sorted({c['throttle'] for c in slowed}))},"
+                f" {clocks[0]} to {clocks[-1]} MHz"
+            )
         reasons = {c["skip"] for c in cells if c["skip"]}
         lines += [f"  skipped: {reason}" for reason in sorted(reasons)[:4]]
         host = [
@@ -89,6 +113,13 @@ def main() -> int:
         modes=options.modes,
         caches=options.caches,
         tuned_shapes=None if options.tune_all else TUNED_SHAPES,
+        rest=options.rest,
+        options={
+            "gemlite": {
+                "autotune": options.gemlite_autotune,
+                "candidates": options.gemlite_candidates,
+            }
+        },
         time_limit_s=options.time_limit,
         progress=Talk(),
         save_to=options.out / "run.json",

@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001, RUF003  the sign of N × K
+# ruff: noqa: RUF003  the sign of N × K
 """Markdown tables and plots of saved benchmark runs.
 
     python bench/report.py RUN.json --out docs/plots --update docs/performance.md
@@ -20,17 +20,17 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from report_tables import CACHE_WORDS, MODE_WORDS, Report, markdown_table, tables, whole
+from report_agreement import Agreement, Published, agreement, as_json, as_markdown
+from report_tables import CACHE_WORDS, MODE_WORDS, Report, tables, whole
 
 from pymllm.bench import run as runs_file
 from pymllm.bench.compare import why_not_comparable
-from pymllm.cli.bench_cells import OURS, Grid, grids_of, microseconds, modes_of
+from pymllm.cli.bench_cells import grids_of, modes_of
 
 # Kinds of the published file, and the scheme each is here.
 KINDS = {"w4a16": "w4a16", "w8a8": "w8a8_int8"}
 BLOCK = re.compile(r"(<!-- tables: (\S+) -->\n).*?(<!-- /tables -->)", re.DOTALL)
 OTHER_MACHINE = 1.2
-Published = Mapping[tuple[str, int, int], Mapping[str, Mapping[int, float]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,23 +60,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--check-published", type=Path, metavar="FILE",
-        help="say how many cells of the other providers agree with this file",
+        help="say how many cells of the other providers agree with this file, and which do not;"
+        " --update then fills the table called agreement, too",
     )  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=0.07, help="default: 0.07")
+    parser.add_argument("--json", action="store_true", help="print --check-published as JSON")
     return parser.parse_args(argv)
 
 
 def make(options: argparse.Namespace) -> int:
     """Does what the options ask for; without any, prints the tables."""
+    if options.json and options.check_published is None:
+        raise ValueError("--json needs --check-published")
     report = load(options.runs, options.mode, options.cache)
+    found: Agreement | None = None
     if options.check_published is not None:
-        print(check(report.grids, read_published(options.check_published), options.tolerance))
+        published = read_published(options.check_published)
+        found = agreement(report.cells, report.mode, report.cache, published, options.tolerance)
+        print(json.dumps(as_json(found), indent=1) if options.json else as_markdown(found))
     if options.published is not None:
         add_published(report, read_published(options.published), options.published.name)
     if options.markdown is not None:
         options.markdown.write_text(whole(report), encoding="utf-8")
     if options.update is not None:
-        update(options.update, report)
+        update(options.update, report, found)
     if options.out is not None:
         from report_plots import draw_all
 
@@ -171,32 +178,7 @@ def add_published(report: Report, published: Published, name: str) -> None:
         report.published = name
 
 
-def check(grids: Sequence[Grid], published: Published, tolerance: float) -> str:
-    """How many cells of the others agree with the published ones, and all that do not."""
-    rows, same, total = [], 0, 0
-    for grid in grids:
-        for name, times in published.get((grid.scheme, grid.n, grid.k), {}).items():
-            for m, theirs in sorted(times.items()):
-                here = grid.time(name, m)
-                if here is None or name == OURS:
-                    continue
-                total += 1
-                same += abs(here / theirs - 1) <= tolerance
-                if abs(here / theirs - 1) > tolerance:
-                    rows.append([grid.scheme, f"{grid.n} × {grid.k}", m, name, microseconds(theirs),
-                                 microseconds(here), f"{here / theirs:.2f}"])  # fmt: skip
-    published_cells = sum(len(t) for place in published.values() for t in place.values())
-    head = (
-        f"{same} of {total} cells agree within {100 * tolerance:g} %"
-        f" ({same / total:.1%}); {published_cells - total} published cells were not measured"
-        if total
-        else "no published cell was measured"
-    )
-    titles = ["scheme", "N × K", "M", "provider", "published µs", "measured µs", "ratio"]
-    return f"{head}\n\n{markdown_table(titles, rows)}" if rows else head
-
-
-def update(path: Path, report: Report) -> None:
+def update(path: Path, report: Report, checked: Agreement | None = None) -> None:
     """Fills the blocks of a document; a block that the runs have nothing for stays as it is.
 
     Raises:
@@ -204,6 +186,8 @@ def update(path: Path, report: Report) -> None:
     """
     text = path.read_text(encoding="utf-8")
     found = tables(report)
+    if checked is not None:
+        found["agreement"] = as_markdown(checked)
     names = [name for _, name, _ in BLOCK.findall(text)]
     if not names or len(names) != text.count("<!-- tables: "):
         raise ValueError(f"{path}: blocks are <!-- tables: NAME --> ... <!-- /tables -->")

@@ -108,11 +108,12 @@ def machine_table(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def _clocks(clocks: Mapping[str, float | None] | None) -> str:
+def _clocks(clocks: Mapping[str, Any] | None) -> str:
     if clocks is None:
         return "not readable"
     units = {"sm_mhz": "MHz SM", "memory_mhz": "MHz memory", "temperature_c": "°C", "power_w": "W"}
     told = [f"{clocks[name]:g} {unit}" for name, unit in units.items() if clocks.get(name)]
+    told += [str(clocks["throttle"])] if clocks.get("throttle") else []
     return ", ".join(told) or "not readable"
 
 

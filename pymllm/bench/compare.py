@@ -54,6 +54,8 @@ def why_not_comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | 
         a, b = old["method"].get(name), new["method"].get(name)
         if a != b:
             return f"different cache state ({name}): {a} and {b}"
+    if old["method"].get("graph") != new["method"].get("graph"):
+        return "different methods: they say in other words what a sample is"
     if (modes := _modes(old)) != _modes(new) and not modes & _modes(new):
         return f"different modes: {sorted(modes)} and {sorted(_modes(new))}"
     return _why_clocks_differ(old, new)

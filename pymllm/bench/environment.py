@@ -6,16 +6,15 @@ import functools
 import importlib.metadata
 import platform
 import subprocess
-import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pymllm.bench.nvml import Board
+
 PEERS = ("gemlite", "humming-kernels", "vllm", "torchao")
-_QUERY = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-_NAMES = ("sm_mhz", "memory_mhz", "temperature_c", "power_w")
-_LOAD_SIDE = 4096
+_LOAD_SIDE, _LOAD_CALLS = 4096, 100
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -28,6 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "l2_bytes": None,
         "memory_bytes": None,
         "driver": None,
+        "clocks_unreadable": None,
         "versions": versions(),
         "commit": commit(),
         "clocks_before": None,
@@ -35,14 +35,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties: Any = torch.cuda.get_device_properties(device)
-        driver = _nvidia_smi(device, ("driver_version",))
+        watched, reason = board(device)
         facts |= {
             "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": int(getattr(properties, "L2_cache_size", 0)) or None,
             "memory_bytes": int(properties.total_memory),
-            "driver": driver[0] if driver else None,
+            "driver": watched.driver() if watched else None,
+            "clocks_unreadable": reason,
         }
     return facts
 
@@ -74,35 +75,29 @@ def commit() -> str | None:
     return head.strip() + ("+" if changed and changed.strip() else "")
 
 
-def clocks(device: torch.device) -> dict[str, float | None] | None:
-    """Clocks, temperature and power while the GPU is busy; ``None`` where they cannot be read."""
+@functools.cache
+def board(device: torch.device) -> tuple[Board | None, str | None]:
+    """What tells a device's clocks and power, or why nothing does."""
     if device.type != "cuda":
+        return None, "not a GPU"
+    try:
+        return Board(device), None
+    except (OSError, AttributeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def clocks(device: torch.device) -> dict[str, Any] | None:
+    """Clocks, temperature and power while the GPU is busy; ``None`` where they cannot be read."""
+    watched, _ = board(device)
+    if watched is None:
         return None
     a = torch.randn(_LOAD_SIDE, _LOAD_SIDE, device=device).to(torch.bfloat16)
-    answers: list[list[str] | None] = []
-    asking = threading.Thread(target=lambda: answers.append(_nvidia_smi(device, _QUERY)))
-    asking.start()
     # Idle clocks say nothing.
-    while asking.is_alive():
-        for _ in range(10):
-            a @ a
-        torch.cuda.synchronize(device)
-    values = answers[0] if answers else None
-    if values is None or len(values) != len(_NAMES):
-        return None
-    return {name: _number(value) for name, value in zip(_NAMES, values, strict=True)}
-
-
-def _nvidia_smi(device: torch.device, fields: tuple[str, ...]) -> list[str] | None:
-    properties: Any = torch.cuda.get_device_properties(device)
-    uuid = getattr(properties, "uuid", None)
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    # Its numbering ignores CUDA_VISIBLE_DEVICES; the uuid does not.
-    text = _output([*command, f"--id=GPU-{uuid}"]) if uuid is not None else None
-    if text is None and torch.cuda.device_count() == 1:
-        text = _output(command)
-    lines = [line for line in (text or "").splitlines() if line.strip()]
-    return [part.strip() for part in lines[0].split(",")] if lines else None
+    for _ in range(_LOAD_CALLS):
+        a @ a
+    facts = watched.facts()
+    torch.cuda.synchronize(device)
+    return facts
 
 
 def _output(command: list[str]) -> str | None:
@@ -111,13 +106,6 @@ def _output(command: list[str]) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _version(name: str) -> str | None:

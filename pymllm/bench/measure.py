@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import gc
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from pymllm.bench.limits import time_limit
+from pymllm.bench.nvml import Board
 from pymllm.bench.providers import Description, Linear, Provider
 from pymllm.bench.roof import Roof, moved_bytes, roof_us
 from pymllm.bench.shapes import TUNED_SHAPES, Shape
-from pymllm.bench.timing import Timing, copies_for, cpu_time, eager_time, graph_time, host_time
+from pymllm.bench.timing import (
+    REST,
+    Timing,
+    copies_for,
+    cpu_time,
+    eager_time,
+    graph_time,
+    host_time,
+)
 from pymllm.bench.workload import ERROR_LIMITS, GROUP, Workload
 
 Cell = dict[str, Any]
@@ -55,6 +62,7 @@ class Plan:
         tuned_shapes: layers on which slowly tuning peers are timed; ``None`` for all.
         tuned_tokens: tokens with which they are.
         min_bytes: what weight copies must add up to.
+        rest: idle time before the replays of a call, as a multiple of the GPU time that they take.
         deadline: ``time.monotonic()`` at which to stop, or ``None``.
     """
 
@@ -67,6 +75,7 @@ class Plan:
     tuned_shapes: Sequence[Shape] | None = TUNED_SHAPES
     tuned_tokens: Sequence[int] = TUNED_TOKENS
     min_bytes: int = 256 * 2**20
+    rest: float = REST
     deadline: float | None = None
 
     def clocks(self, work: Workload, m: int) -> list[tuple[str, str]]:
@@ -90,11 +99,13 @@ class Bench:
         roof: the ceilings, for the fraction of the roof.
         plan: what to measure.
         progress: is told what is being done.
+        board: tells clock and power at each cell, or ``None``.
     """
 
     roof: Roof
     plan: Plan
     progress: Callable[[str], None] = field(default=no_progress)
+    board: Board | None = None
 
     def layer(self, work: Workload, provider: Provider) -> Iterator[Record]:
         """All records of one provider on one layer, shortest first.
@@ -108,7 +119,8 @@ class Bench:
             _free(work.device)
 
     def _layer(self, work: Workload, provider: Provider) -> Iterator[Record]:
-        tokens, reason = self._tokens(work, provider)
+        tokens, reason = self.tokens(provider, (work.n, work.k))
+        reason = reason or provider.why_not(work)
         calls: list[Linear] = []
         if reason is None:
             copies = copies_for(provider.bytes_a_copy(work), self.plan.min_bytes)
@@ -125,16 +137,16 @@ class Bench:
             else:
                 yield from self._tokens_of(work, provider, calls, m)
 
-    def _tokens(self, work: Workload, provider: Provider) -> tuple[Sequence[int], str | None]:
-        """The tokens to time, and why there will be no times."""
+    def tokens(self, provider: Provider, shape: Shape) -> tuple[Sequence[int], str | None]:
+        """The tokens to time on a layer, and why there will be no times."""
         plan = self.plan
         if not provider.only_tuned_shapes:
-            return plan.tokens, provider.why_not(work)
+            return plan.tokens, None
         tokens = [m for m in plan.tokens if m in plan.tuned_tokens]
-        if plan.tuned_shapes is not None and (work.n, work.k) not in plan.tuned_shapes:
-            shapes = ", ".join("{}x{}".format(*shape) for shape in plan.tuned_shapes)
-            return tokens, f"tunes for minutes a shape: timed on {shapes} only"
-        return tokens, provider.why_not(work)
+        if plan.tuned_shapes is None or shape in plan.tuned_shapes:
+            return tokens, None
+        shapes = ", ".join("{}x{}".format(*shape) for shape in plan.tuned_shapes)
+        return tokens, f"tunes for minutes a shape: timed on {shapes} only"
 
     def _check_deadline(self) -> None:
         if self.plan.deadline is not None and time.monotonic() > self.plan.deadline:
@@ -162,7 +174,7 @@ class Bench:
             cell = blank(work, provider.name, m, mode, cache)
             cell |= {"error": error, "config": told.config, "origin": told.origin}
             try:
-                timing = _time([partial(call, x) for call in calls], mode, cache)
+                timing = self._time([partial(call, x) for call in calls], cell)
             except Exception as problem:  # noqa: BLE001  a peer may fail in any way
                 cell["skip"] = failure(problem, work.device)
                 yield Record(cell, None)
@@ -172,6 +184,17 @@ class Bench:
             if work.device.type == "cuda":
                 # Captured graphs hold on to memory of their own.
                 torch.cuda.empty_cache()
+
+    def _time(self, calls: Sequence[Callable[[], object]], cell: Cell) -> Timing:
+        mode = cell["mode"]
+        rotated = calls if cell["cache"] == "cold" else calls[:1]
+        if mode == "host":
+            return host_time(calls[0])
+        if mode == "graph":
+            board = self.board
+            watch = None if board is None else lambda: cell.update(board.at_work())
+            return graph_time(rotated, self.plan.rest, watch)
+        return eager_time(rotated) if mode == "eager" else cpu_time(rotated)
 
     def _skipped(
         self, work: Workload, provider: Provider, m: int, reason: str, error: float | None = None
@@ -201,6 +224,9 @@ def blank(work: Workload, provider: str, m: int, mode: str, cache: str) -> Cell:
         "high_us": None,
         "copies": None,
         "replays": None,
+        "sm_mhz": None,
+        "power_w": None,
+        "throttle": None,
         "tbps": None,
         "tops": None,
         "roof_us": None,
@@ -232,14 +258,6 @@ def fill(cell: Cell, timing: Timing, roof: Roof) -> None:
         }
 
 
-def _time(calls: Sequence[Callable[[], object]], mode: str, cache: str) -> Timing:
-    rotated = calls if cache == "cold" else calls[:1]
-    if mode == "host":
-        return host_time(calls[0])
-    clock = {"graph": graph_time, "eager": eager_time, "cpu": cpu_time}[mode]
-    return clock(rotated)
-
-
 def _told(provider: Provider, work: Workload, m: int) -> Description:
     try:
         return provider.describe(work, m)
@@ -269,26 +287,6 @@ def failure(error: BaseException, device: torch.device) -> str:
         except RuntimeError:
             raise Stopped(f"the GPU was lost: {reason}") from error
     return reason
-
-
-@contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raises ``TimeoutError`` inside the block after this time (main thread, where signals exist)."""
-    main = threading.current_thread() is threading.main_thread()
-    if seconds is None or not main or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"took longer than {seconds:g} s")
-
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
 
 
 def _free(device: torch.device) -> None:

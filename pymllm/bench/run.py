@@ -11,8 +11,10 @@ The document (``FORMAT``, ``VERSION``); all times are microseconds of **one call
         "versions": {"python", "torch", "triton", "cuda", "pymllm", "gemlite", "humming-kernels",
                      "vllm", "torchao": those that were there},
         "commit": str | null,       git commit of the sources, "+" appended if they were changed
-        "clocks_before": CLOCKS | null, "clocks_after": CLOCKS | null
-      },                            CLOCKS = {"sm_mhz", "memory_mhz", "temperature_c", "power_w"}
+        "clocks_before": CLOCKS | null, "clocks_after": CLOCKS | null,
+        "clocks_unreadable": null | reason
+      },                            CLOCKS = {"sm_mhz", "memory_mhz", "temperature_c", "power_w",
+                                              "throttle"}
       "roof": {                     the machine's ceilings, measured in the same run
         "read_tbps": float,         sum over 1 GiB (CPU: 128 MiB)
         "bf16_tops": float,         bf16 matmul, 8192^3 (CPU: 1024^3)
@@ -20,11 +22,13 @@ The document (``FORMAT``, ``VERSION``); all times are microseconds of **one call
         "int8_tops": float          max(2 * bf16_tops, int_mm_tops)
       },
       "method": {"cache": "cold", "min_copy_bytes": int, "graph": str, "percentiles": [10, 90],
-                 "error": str, ...},          how it was measured, for people
+                 "rest": float, "error": str, ...},          how it was measured, for people
       "command": str, "date": "2026-01-31T12:00:00+00:00", "wall_s": float,
       "complete": bool,             false while running, and when stopped by the time limit
       "stopped": str | null,        why it is not complete
-      "providers": {NAME: {"about": str, "absent": null | reason}},
+      "providers": {NAME: {"about": str, "absent": null | reason,
+                           "warm_s": seconds compiled ahead, "warm": null | what went wrong,
+                           both only of those that compile ahead}},
       "cells": [CELL, ...]
     }
 
@@ -44,6 +48,9 @@ A ``CELL`` is one provider in one place; every key is always there::
                the error is the reason
     "median_us", "low_us", "high_us"          median, 10th and 90th percentile
     "copies", "replays"        weight copies rotated, samples behind the median
+    "sm_mhz", "power_w"        clock and power right after the samples, the call still running; null
+                               where not read ("host", "eager", "cpu")
+    "throttle"                 what held the clock down then, "" if nothing; null where not read
     "tbps"     (weights + scales + activations in and out) / median, 1e12 bytes/s
     "tops"     2 m n k / median, 1e12 operations/s
     "roof_us"  the least time the measured ceilings allow, of the *quantized* problem
@@ -59,13 +66,14 @@ from __future__ import annotations
 
 import datetime
 import gc
+import itertools
 import json
 import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,11 +81,11 @@ from typing import Any
 import torch
 
 from pymllm.bench import environment as environments
-from pymllm.bench.measure import Bench, Cell, Plan, Record, Stopped, no_progress
-from pymllm.bench.providers import Provider, select
+from pymllm.bench.measure import Bench, Cell, Plan, Record, Stopped, failure, no_progress
+from pymllm.bench.providers import Job, Provider, configure, select
 from pymllm.bench.roof import Roof, measure_roof
 from pymllm.bench.shapes import CPU_SHAPES, CPU_TOKENS, SHAPES, TOKENS, TUNED_SHAPES, Shape
-from pymllm.bench.timing import HIGH, LOW, Timing, cold_bytes
+from pymllm.bench.timing import HIGH, LOW, REST, Timing, cold_bytes, graph_method
 from pymllm.bench.workload import (
     ERROR_LIMITS,
     GROUP,
@@ -89,6 +97,7 @@ from pymllm.bench.workload import (
 
 FORMAT, VERSION = "pymllm-bench", 1
 CPU_COPY_BYTES = 32 * 2**20
+WARM_LIMIT_S = 240.0
 KEY = ("scheme", "n", "k", "group", "dtype", "m", "provider", "mode", "cache")
 
 
@@ -183,6 +192,31 @@ class Session:
                     self.result.add(record)
                     yield record
 
+    def warm(self, schemes: Sequence[str], shapes: Sequence[Shape], provider: Provider) -> None:
+        """Lets a provider compile ahead what its cells will need; what goes wrong is in the document."""
+        if type(provider).warm is Provider.warm:
+            return
+        plan = self.bench.plan
+        jobs = []
+        for shape, scheme in itertools.product(shapes, schemes):
+            tokens, reason = self.bench.tokens(provider, shape)
+            if reason is None and scheme in provider.schemes:
+                jobs.append(Job(scheme, *shape, plan.group, plan.dtype, self.device, tuple(tokens)))
+        self.progress(f"{provider.name}: compiling ahead")
+        began = time.monotonic()
+        known = self.result.document["providers"][provider.name]
+        known["warm"] = None
+        limit = WARM_LIMIT_S
+        if plan.deadline is not None:
+            limit = min(limit, plan.deadline - began)
+        try:
+            with torch.no_grad():
+                provider.warm(jobs, limit)
+        except Exception as error:  # noqa: BLE001  a peer may fail in any way
+            known["warm"] = failure(error, self.device)
+            self.progress(f"{provider.name}: {known['warm']}")
+        known["warm_s"] = round(time.monotonic() - began, 1)
+
 
 def default_device() -> torch.device:
     """The current GPU if there is one, else the CPU."""
@@ -202,6 +236,8 @@ def start(
     group: int = GROUP,
     host_shape: Shape | None = None,
     tuned_shapes: Sequence[Shape] | None = TUNED_SHAPES,
+    rest: float = REST,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     deadline: float | None = None,
     progress: Callable[[str], None] = no_progress,
 ) -> Session:
@@ -210,6 +246,7 @@ def start(
     if gpu and device.index is not None:
         # Streams, events and what peers launch belong to the current device.
         torch.cuda.set_device(device)
+    configure(options or {})
     progress("measuring the machine's ceilings")
     facts = environments.environment(device)
     roof = measure_roof(device)
@@ -221,7 +258,7 @@ def start(
     min_bytes = cold_bytes(facts["l2_bytes"]) if gpu else CPU_COPY_BYTES
     plan = Plan(
         tuple(tokens or (TOKENS if gpu else CPU_TOKENS)), tuple(modes), tuple(caches), dtype,
-        group, host_shape, tuned_shapes, min_bytes=min_bytes, deadline=deadline,
+        group, host_shape, tuned_shapes, min_bytes=min_bytes, rest=rest, deadline=deadline,
     )  # fmt: skip
     document = {
         "format": FORMAT,
@@ -238,7 +275,9 @@ def start(
         "cells": [],
     }
     result = RunResult(document)
-    return Session(device, roof, Bench(roof, plan, progress), phases, result, progress)
+    watched, _ = environments.board(device)
+    bench = Bench(roof, plan, progress, watched)
+    return Session(device, roof, bench, phases, result, progress)
 
 
 def run(
@@ -253,11 +292,13 @@ def run(
     dtype: torch.dtype = torch.bfloat16,
     group: int = GROUP,
     tuned_shapes: Sequence[Shape] | None = TUNED_SHAPES,
+    rest: float = REST,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     time_limit_s: float | None = None,
     progress: Callable[[str], None] = no_progress,
     save_to: Path | None = None,
 ) -> RunResult:
-    """A whole run, phase after phase; stops cleanly at the time limit.
+    """A whole run, phase after phase, shape after shape; stops cleanly at the time limit.
 
     Args:
         device: a GPU or the CPU; the current GPU if there is one.
@@ -270,6 +311,8 @@ def run(
         dtype: of activations.
         group: inputs a scale of W4A16.
         tuned_shapes: where slowly tuning peers are timed, ``None`` for everywhere.
+        rest: idle time before the replays of a call, as a multiple of the GPU time that they take.
+        options: of providers, by their names, such as ``{"gemlite": {"autotune": "max"}}``.
         time_limit_s: seconds after which to stop.
         progress: is told what is being done, a line at a time.
         save_to: file that is rewritten after every layer, so that a killed run leaves what it has.
@@ -279,7 +322,8 @@ def run(
     wanted = tuple(shapes or (SHAPES if device.type == "cuda" else CPU_SHAPES))
     session = start(
         device, tokens=tokens, providers=providers, modes=modes, caches=caches, dtype=dtype,
-        group=group, host_shape=wanted[0], tuned_shapes=tuned_shapes, progress=progress,
+        group=group, host_shape=wanted[0], tuned_shapes=tuned_shapes, rest=rest, options=options,
+        progress=progress,
         deadline=None if time_limit_s is None else began + time_limit_s,
     )  # fmt: skip
     document = session.result.document
@@ -291,11 +335,12 @@ def run(
 
     try:
         for phase in session.phases:
-            for scheme in schemes:
-                for shape in wanted:
-                    for _ in session.layer(scheme, shape, phase):
-                        pass
-                    save()
+            for provider in phase:
+                session.warm(schemes, wanted, provider)
+            for shape, scheme in itertools.product(wanted, schemes):
+                for _ in session.layer(scheme, shape, phase):
+                    pass
+                save()
     except (Stopped, KeyboardInterrupt) as error:
         document["environment"]["clocks_after"] = environments.clocks(device)
         save(stopped=str(error) or "interrupted")
@@ -326,14 +371,11 @@ def _present(
 
 
 def _method(plan: Plan, gpu: bool) -> dict[str, Any]:
-    graph = (
-        "one CUDA graph holds at least 1 ms of calls that rotate over copies of the weight; a sample"
-        " is one replay / calls; replays are queued back to back"
-    )
     return {
         "cache": "+".join(plan.caches),
         "min_copy_bytes": plan.min_bytes,
-        "graph": graph if gpu else "wall clock of calls that rotate over copies of the weight",
+        "graph": graph_method(gpu),
+        "rest": plan.rest,
         "percentiles": [LOW, HIGH],
         "error": f"relative Frobenius, all tokens x {REFERENCE_COLUMNS} outputs spread over N,"
         " against float64; every output is checked to be finite",

@@ -18,18 +18,25 @@ import torch
 Call = Callable[[], object]
 
 LOW, HIGH = 10, 90
-# A graph shorter than this shows its own launch, a longer one only costs time.
+WARM_REPLAYS, REPLAYS = 3, 12
+# Fewer copies are rotated where all of them would take longer.
+MAX_GRAPH_US = 3_000.0
+# One weight in the L2 has nothing to rotate: its call is repeated until launches do not count.
 MIN_GRAPH_US = 1_000.0
-MAX_GRAPH_US = 4_000.0
 MAX_CALLS = 512
-BUDGET_US = 30_000.0
-MIN_SAMPLES, MAX_SAMPLES = 11, 31
-# One graph of a call this long costs as much as a whole budget: the median of fewer has to do.
+# A dozen replays of a call this long would take seconds: the median of fewer has to do.
 LONG_CALL_US = 20_000.0
-LONG_SAMPLES = 5
+LONG_REPLAYS = 5
 # Of a call this long, the host's share is nothing.
 SURE_CALL_US = 5_000.0
 PILOT_CALLS = 4
+EAGER_SAMPLES, CPU_SAMPLES = 11, 31
+# Idle time before the replays of a call, in GPU time that they will take: back to back, compute-bound
+# calls draw more than the board may, and its clock falls for all that follow.
+REST = 3.0
+MAX_REST_S = 0.3
+# What is watched takes milliseconds to read; the GPU is kept busy for about as long.
+WATCHED_US = 2_000.0
 
 
 @dataclass(frozen=True)
@@ -84,35 +91,55 @@ def cold_bytes(l2_bytes: int | None) -> int:
     return max(256 * 2**20, 4 * (l2_bytes or 0))
 
 
-def plan_calls(copies: int, call_us: float) -> tuple[int, int]:
-    """How many copies a graph rotates and how many calls it holds.
+def graph_method(gpu: bool) -> str:
+    """What a sample is; runs that say other words are not compared."""
+    if not gpu:
+        return "wall clock of calls that rotate over copies of the weight"
+    return (
+        "one CUDA graph holds one call of each copy of the weight; a sample is one replay / calls, the"
+        " graph's launch included; each replay ends before the next is issued"
+    )
 
-    All copies while the graph stays under ``MAX_GRAPH_US``, fewer (but two) when one call is long;
-    whole rounds of them until the graph is at least ``MIN_GRAPH_US`` long. Of very long calls one.
+
+def plan_calls(copies: int, call_us: float) -> tuple[int, int]:
+    """How many copies a graph rotates and how many calls it holds: one for each copy.
+
+    All copies while the graph stays under ``MAX_GRAPH_US``, fewer (but two) when one call is long; of
+    very long calls one. A single copy is called again and again until the graph has ``MIN_GRAPH_US``.
     """
     call_us = max(call_us, 0.5)
     if call_us > LONG_CALL_US:
         return 1, 1
+    if copies == 1:
+        return 1, min(MAX_CALLS, math.ceil(MIN_GRAPH_US / call_us))
     used = copies
     if copies * call_us > MAX_GRAPH_US:
         used = min(copies, max(2, int(MAX_GRAPH_US / call_us)))
-    rounds = max(1, math.ceil(MIN_GRAPH_US / (used * call_us)))
-    rounds = max(1, min(rounds, MAX_CALLS // used))
-    return used, used * rounds
+    return used, used
 
 
-def samples_for(sample_us: float, call_us: float) -> int:
-    """Number of samples that stays near the budget and still gives an honest median."""
-    if call_us > LONG_CALL_US:
-        return LONG_SAMPLES
-    return max(MIN_SAMPLES, min(MAX_SAMPLES, int(BUDGET_US / max(sample_us, 1.0))))
+def replays_for(call_us: float) -> tuple[int, int]:
+    """How many replays warm up, and how many are timed."""
+    return (1, LONG_REPLAYS) if call_us > LONG_CALL_US else (WARM_REPLAYS, REPLAYS)
 
 
-def graph_time(calls: Sequence[Call]) -> Timing:
+def rest_for(graph_us: float, call_us: float, rest: float) -> float:
+    """Seconds of idle time before the replays of a graph."""
+    return min(MAX_REST_S, rest * sum(replays_for(call_us)) * graph_us / 1e6)
+
+
+def graph_time(
+    calls: Sequence[Call], rest: float = 0.0, watch: Callable[[], None] | None = None
+) -> Timing:
     """GPU time of one call, weights from wherever rotating over ``calls`` leaves them.
+
+    A sample is a replay of a graph that holds one call of each copy, launch of the graph included; the
+    host waits for each replay before it issues the next.
 
     Args:
         calls: one thunk for each weight copy; a single one leaves its weight in the L2.
+        rest: idle time before the replays, as a multiple of the GPU time that they will take.
+        watch: called once, after the samples, while further replays keep the GPU busy.
     """
     call_us = _warm_up(calls)
     if call_us < SURE_CALL_US:
@@ -121,9 +148,16 @@ def graph_time(calls: Sequence[Call]) -> Timing:
         call_us = min(_replay(pilot, 2)) / PILOT_CALLS
         pilot.reset()
     used, count = plan_calls(len(calls), call_us)
+    warm, timed = replays_for(call_us)
     graph = _capture([calls[i % used] for i in range(count)])
-    _replay(graph, 1 if call_us > LONG_CALL_US else 2)
-    samples = _replay(graph, samples_for(count * call_us, call_us))
+    time.sleep(rest_for(count * call_us, call_us, rest))
+    _replay(graph, warm)
+    samples = _replay(graph, timed)
+    if watch is not None:
+        for _ in range(max(1, min(64, int(WATCHED_US / (count * call_us))))):
+            graph.replay()
+        watch()
+        torch.cuda.synchronize()
     graph.reset()
     return summarize([sample / count for sample in samples], used, count)
 
@@ -164,21 +198,24 @@ def _event() -> Any:
 
 
 def _replay(graph: Any, samples: int) -> list[float]:
-    """Microseconds of each replay. All are queued at once: the host stays out of the intervals."""
-    events = [(_event(), _event()) for _ in range(samples)]
-    for start, end in events:
+    """Microseconds of each replay; each ends before the next begins."""
+    times = []
+    for _ in range(samples):
+        start, end = _event(), _event()
         start.record()
         graph.replay()
         end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e3 for start, end in events]
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) * 1e3)
+    return times
 
 
-def eager_time(calls: Sequence[Call], samples: int = MIN_SAMPLES) -> Timing:
+def eager_time(calls: Sequence[Call], samples: int = EAGER_SAMPLES) -> Timing:
     """Time of one call in a loop of eager calls between two events: GPU time or host, the longer."""
     _warm_up(calls)
     pilot_us = _eager_sample(calls, len(calls)) / len(calls)
     used, count = plan_calls(len(calls), pilot_us)
+    count *= max(1, math.ceil(MIN_GRAPH_US / (count * max(pilot_us, 0.5))))
     times = [_eager_sample(calls[:used], count) / count for _ in range(samples)]
     return summarize(times, used, count)
 
@@ -194,7 +231,7 @@ def _eager_sample(calls: Sequence[Call], count: int) -> float:
     return float(start.elapsed_time(end)) * 1e3
 
 
-def host_time(call: Call, count: int = 48, samples: int = MIN_SAMPLES) -> Timing:
+def host_time(call: Call, count: int = 48, samples: int = EAGER_SAMPLES) -> Timing:
     """Host time to issue one eager call. Few calls a sample, so that no full queue blocks them."""
     for _ in range(20):
         call()
@@ -217,7 +254,7 @@ def cpu_time(calls: Sequence[Call], budget_s: float = 0.15) -> Timing:
     calls[0]()
     pilot = max(time.perf_counter() - start, 1e-7)
     count = max(1, min(100, int(1e-3 / pilot)))
-    samples = max(5, min(MAX_SAMPLES, int(budget_s / (pilot * count))))
+    samples = max(5, min(CPU_SAMPLES, int(budget_s / (pilot * count))))
     times = []
     turn = 0
     for _ in range(samples):

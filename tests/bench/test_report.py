@@ -164,11 +164,45 @@ def test_a_mode_that_is_not_there_is_refused(
 def test_published_check_counts_and_lists(
     report: Any, run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    peers = published(tmp_path, cublas_bf16=23.0, humming=8.0, machete=9.0)
+    peers = published(tmp_path, cublas_bf16=23.0, humming=8.0, machete=9.0, ours=1.0)
     assert report.main([run_file, "--check-published", peers, "--tolerance", "0.07"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("1 of 2 cells agree within 7 % (50.0%); 1 published cells")
-    assert lines[-1] == "| w4a16 | 4096 × 8192 | 1 | humming | 8.0 | 10.0 | 1.25 |"  # noqa: RUF001
+    assert lines[0].startswith("1 of 2 cells agree within 7 % (50.0%); 2 published cells not")
+    assert "| cublas_bf16 | 1 | 1 | 100.0% | 1.04 | 1.04 | 1.04 |" in lines
+    assert "| humming | 1 | 0 | 0.0% | 1.25 | 1.25 | 1.25 |" in lines
+    assert lines[-1] == "| humming | w4a16 | 4096 × 8192 | 1 | 8.0 | 10.0 | 1.25 |  |"  # noqa: RUF001
+    assert report.main([run_file, "--check-published", peers, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["cells"], found["within"], found["not_measured"]) == (2, 1, 2)
+    assert found["providers"] == {
+        "cublas_bf16": {"cells": 1, "within": 1},
+        "humming": {"cells": 1, "within": 0},
+    }
+    (far,) = found["outside"]
+    assert (far["provider"], far["m"], far["ratio"]) == ("humming", 1, 1.25)
+    assert report.main([run_file, "--json"]) == 2
+
+
+def test_published_check_hints_at_the_clock(report: Any) -> None:
+    from report_agreement import hint
+
+    slow = cell("w4a16", 1024, "cublas_bf16", 115.0, 90.0)
+    slow |= {"sm_mhz": 1500, "power_w": 690.0, "throttle": "power cap", "copies": 4}
+    assert hint(slow, 100.0, 1980) == "1500 MHz of 1980: up to 1.32; power cap at 690 W"
+    # A low clock does not explain that something was faster.
+    assert hint(slow, 130.0, 1980) == ""
+    short = cell("w4a16", 1, "humming", 10.0, 2.0) | {"copies": 8}
+    assert hint(short, 12.0, 0) == "graph of 80 µs: its launch counts"
+
+
+def test_published_check_fills_a_document(report: Any, run_file: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- tables: agreement -->\nold\n<!-- /tables -->\n")
+    assert report.main([run_file, "--update", str(page)]) == 0
+    assert "old" in page.read_text()
+    peers = published(tmp_path, humming=8.0)
+    assert report.main([run_file, "--update", str(page), "--check-published", peers]) == 0
+    assert "0 of 1 cells agree" in page.read_text()
 
 
 def test_published_providers_are_marked(
@@ -208,7 +242,8 @@ def test_the_page_of_this_repository_can_be_filled(
 ) -> None:
     page = tmp_path / "performance.md"
     page.write_text((ROOT / "docs" / "performance.md").read_text())
-    assert report.main([run_file, "--update", str(page)]) == 0
+    peers = published(tmp_path, humming=8.0)
+    assert report.main([run_file, "--update", str(page), "--check-published", peers]) == 0
     assert "left" not in capsys.readouterr().err
 
 

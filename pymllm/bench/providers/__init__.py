@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pymllm.bench.providers.base import Description, Linear, Provider
+from pymllm.bench.providers.base import Description, Job, Linear, Provider
 from pymllm.bench.providers.gemlite import GemLite
 from pymllm.bench.providers.humming import Humming
 from pymllm.bench.providers.ours import Ours
@@ -47,13 +48,28 @@ def select(names: Sequence[str] | None, device_type: str) -> list[list[Provider]
     return [phase for phase in phases if phase]
 
 
+def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Gives every provider its options, or its defaults.
+
+    Raises:
+        ValueError: a provider is not known, or does not take such an option.
+    """
+    unknown = sorted(set(options) - set(NAMES))
+    if unknown:
+        raise ValueError(f"options: found providers {unknown}, accepted {list(NAMES)}")
+    for provider in PROVIDERS:
+        provider.configure(**options.get(provider.name, {}))
+
+
 __all__ = [
     "NAMES",
     "PHASES",
     "PROVIDERS",
     "TORCH_AND_OURS",
     "Description",
+    "Job",
     "Linear",
     "Provider",
+    "configure",
     "select",
 ]

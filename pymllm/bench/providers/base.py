@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from pymllm.bench.roof import W4A16, W8A8
-from pymllm.bench.workload import Workload
+from pymllm.bench.workload import Workload, make_workload
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """``x [M, K]`` to ``[M, N]``."""
@@ -26,6 +26,45 @@ class Description(NamedTuple):
 
     config: str | None
     origin: str
+
+
+class Job(NamedTuple):
+    """A layer that a run will time, and with how many tokens.
+
+    Attributes:
+        scheme: ``"w4a16"`` or ``"w8a8_int8"``.
+        n: outputs.
+        k: inputs.
+        group: inputs a scale, for W4A16.
+        dtype: of activations.
+        device: where it will run.
+        tokens: every M.
+    """
+
+    scheme: str
+    n: int
+    k: int
+    group: int
+    dtype: torch.dtype
+    device: torch.device
+    tokens: tuple[int, ...]
+
+    def workload(self) -> Workload:
+        """Such a layer, with inputs of one token."""
+        return make_workload(
+            self.scheme, self.n, self.k, 1, self.device, group=self.group, dtype=self.dtype
+        )
+
+    def to_json(self) -> list[Any]:
+        """For another process."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return [self.scheme, self.n, self.k, self.group, dtype, str(self.device), [*self.tokens]]
+
+    @classmethod
+    def from_json(cls, entry: Sequence[Any]) -> Job:
+        """What :meth:`to_json` wrote."""
+        scheme, n, k, group, dtype, device, tokens = entry
+        return cls(scheme, n, k, group, getattr(torch, dtype), torch.device(device), tuple(tokens))
 
 
 class Provider:
@@ -62,6 +101,22 @@ class Provider:
     def bytes_a_copy(self, work: Workload) -> int:
         """Bytes of one copy of its weight."""
         return work.weight_bytes
+
+    def configure(self, **options: Any) -> None:
+        """Takes the options of a run that concern it.
+
+        Raises:
+            ValueError: it has no such option, or not that value.
+        """
+        if options:
+            raise ValueError(f"{self.name}: found options {sorted(options)}, accepted none")
+
+    def warm(self, jobs: Sequence[Job], limit_s: float) -> None:
+        """Compiles ahead, side by side, what the jobs need; whatever it leaves, :meth:`prepare` does.
+
+        Raises:
+            TimeoutError: it was not done after ``limit_s`` seconds.
+        """
 
     def build(self, work: Workload, copies: int) -> list[Linear]:
         """The layer, ``copies`` times with separate weights in memory."""

@@ -2,25 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from pymllm.bench.providers.base import Description, Linear, Provider, clones, missing
+from pymllm.bench.autotune import compile_side_by_side, searching
+from pymllm.bench.providers.base import Description, Job, Linear, Provider, clones, missing
 from pymllm.bench.roof import W4A16
 from pymllm.bench.workload import Workload
 
 PACKAGE = "gemlite"
+AUTOTUNES = ("fast", "max")
+# Its exhaustive lists have 400 to 1,800 candidates a class of M.
+CANDIDATES = 128
 
 
 class GemLite(Provider):
-    """Pure Triton, tuned for every class of M on first use: minutes a shape."""
+    """Pure Triton, tuned for every class of M on first use."""
 
     name = "gemlite"
-    about = "GemLite (Triton), autotuned"
+    about = "GemLite (Triton), autotuned over its own default list (fast)"
     only_tuned_shapes = True
-    limit_s = 150.0
+    limit_s = 100.0
+
+    def __init__(self) -> None:
+        self._autotune, self._candidates = "fast", 0
+        self._applied = False
+        self._failed: set[str] = set()
+
+    def configure(self, **options: Any) -> None:
+        """``autotune``: "fast" or "max"; ``candidates``: the most of a class that "max" tries."""
+        found = {"autotune": "fast", "candidates": CANDIDATES, **options}
+        autotune, candidates = found.pop("autotune"), found.pop("candidates")
+        if found or autotune not in AUTOTUNES or candidates < 1:
+            raise ValueError(
+                f"gemlite: found {options}, accepted autotune of {AUTOTUNES}, candidates > 0"
+            )
+        self._applied = self._applied and autotune == self._autotune
+        self._autotune, self._candidates, self._failed = autotune, candidates, set()
+        self.about = type(self).about
+        if autotune == "max":
+            self.about = (
+                "GemLite (Triton), autotuned over its own exhaustive list (max), at most"
+                f" {candidates} candidates a class"
+            )
+
+    def warm(self, jobs: Sequence[Job], limit_s: float) -> None:
+        if self._autotune != "max" or not jobs:
+            return
+        task = {
+            "provider": self.name,
+            "options": {"autotune": "max", "candidates": self._candidates},
+            "jobs": [job.to_json() for job in jobs],
+            "limit": self._candidates,
+        }
+        self._failed = compile_side_by_side(task, limit_s)
+
+    def prepare(self, calls: list[Linear], x: torch.Tensor) -> None:
+        if self._autotune != "max":
+            calls[0](x)
+            return
+        with searching(self._candidates, self._failed):
+            calls[0](x)
 
     def why_absent(self) -> str | None:
         return missing("gemlite", PACKAGE)
@@ -30,6 +75,9 @@ class GemLite(Provider):
 
     def build(self, work: Workload, copies: int) -> list[Linear]:
         gemlite: Any = __import__("gemlite")
+        if not self._applied:
+            gemlite.set_autotune(self._autotune)
+            self._applied = True
         layer = _int4(gemlite, work) if work.scheme == W4A16 else _int8(gemlite, work)
         meta = layer.get_meta_args()
         weight, scale, *rest = [tensor.detach() for tensor in layer.get_tensor_args()]
@@ -42,7 +90,7 @@ class GemLite(Provider):
         ]
 
     def describe(self, work: Workload, m: int) -> Description:
-        return Description(None, "tuned")
+        return Description(f"autotune {self._autotune}", "tuned")
 
 
 def _forward(x: torch.Tensor, function: Any, tensors: list[torch.Tensor], meta: Any) -> Any:

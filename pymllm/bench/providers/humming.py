@@ -12,19 +12,39 @@ import os
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pymllm.bench.providers.base import Description, Linear, Provider, missing
+from pymllm.bench.providers.base import Description, Job, Linear, Provider, missing
 from pymllm.bench.roof import W4A16
 from pymllm.bench.workload import CHANNEL, Workload
 
 PACKAGE = "humming-kernels"
 _TENSORS = ("weight", "weight_scale", "zero_point", "bias", "weight_scale_2")
 _METHOD = {"quant_method": "compressed-tensors", "type": "int", "symmetric": True}
+
+
+class _Tuned:
+    """A layer's configuration, and the one of its kernel for each M."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._of: dict[int, str] = {}
+
+    def of(self, m: int) -> str:
+        """Its configuration for exactly ``m`` tokens, as JSON."""
+        if m not in self._of:
+            tune: Any = importlib.import_module("humming.tune")
+            config = tune.get_heuristics_config(self.config, shape_m=m)
+            self._of[m] = json.dumps(config, default=_plain)
+        return self._of[m]
 
 
 class Humming(Provider):
@@ -35,8 +55,7 @@ class Humming(Provider):
     limit_s = 120.0
 
     def __init__(self) -> None:
-        self._config: Any = None
-        self._tuning: dict[int, str] = {}
+        self._tuned = _Tuned(None)
 
     def why_absent(self) -> str | None:
         if reason := missing("humming", PACKAGE):
@@ -49,46 +68,62 @@ class Humming(Provider):
             return f"import fails: {type(error).__name__}: {error}"
         return None
 
+    def warm(self, jobs: Sequence[Job], limit_s: float) -> None:
+        # Its compiler is a process a kernel: threads that wait for them are enough.
+        deadline = time.monotonic() + limit_s
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            waiting = []
+            for job in jobs:
+                (call,) = self.build(job.workload(), 1)
+                waiting += [pool.submit(_compile, call, job, m) for m in job.tokens]
+            # What fails here fails again in its own cell, and is recorded there.
+            if futures.wait(waiting, max(0.1, deadline - time.monotonic())).not_done:
+                raise TimeoutError(f"compiling took longer than {limit_s:.0f} s")
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
     def build(self, work: Workload, copies: int) -> list[Linear]:
         layer = _layer(work)
-        self._config, self._tuning = layer.humming_config, {}
+        tuned = self._tuned = _Tuned(layer.humming_config)
         found = {name: getattr(layer, name, None) for name in _TENSORS}
         tensors = {name: t.detach() for name, t in found.items() if t is not None}
         return [
             partial(
-                self._forward,
+                _forward,
+                tuned=tuned,
                 tensors=tensors if i == 0 else {name: t.clone() for name, t in tensors.items()},
                 locks=torch.zeros_like(layer.locks),
             )
             for i in range(copies)
         ]
 
-    def _forward(
-        self, x: torch.Tensor, tensors: dict[str, torch.Tensor], locks: torch.Tensor
-    ) -> torch.Tensor:
-        forward: Any = sys.modules["humming.forward"]
-        out: torch.Tensor = forward.humming_forward(
-            self._config, x, locks=locks, tuning_config=self._tuned(x.shape[0]), **tensors
-        )
-        return out
-
-    def _tuned(self, m: int) -> str:
-        """Its configuration for exactly ``m`` tokens, as JSON."""
-        if m not in self._tuning:
-            tune: Any = importlib.import_module("humming.tune")
-            config = tune.get_heuristics_config(self._config, shape_m=m)
-            self._tuning[m] = json.dumps(config, default=_plain)
-        return self._tuning[m]
-
     def describe(self, work: Workload, m: int) -> Description:
-        config = json.loads(self._tuned(m))
+        config = json.loads(self._tuned.of(m))
         told = {
             key: config[key]
             for key in ("block_shape", "warp_shape", "num_stages", "use_stream_k", "num_sms")
             if key in config
         }
         text = ", ".join(f"{key}={value}" for key, value in told.items())
-        return Description(f"weight dtype {self._config.b_dtype}, {text}", "heuristic")
+        return Description(f"weight dtype {self._tuned.config.b_dtype}, {text}", "heuristic")
+
+
+def _forward(
+    x: torch.Tensor, tuned: _Tuned, tensors: dict[str, torch.Tensor], locks: torch.Tensor
+) -> torch.Tensor:
+    forward: Any = sys.modules["humming.forward"]
+    out: torch.Tensor = forward.humming_forward(
+        tuned.config, x, locks=locks, tuning_config=tuned.of(x.shape[0]), **tensors
+    )
+    return out
+
+
+def _compile(call: Linear, job: Job, m: int) -> None:
+    # Threads start on the first device, with gradients.
+    torch.cuda.set_device(job.device)
+    with torch.no_grad():
+        call(torch.zeros(m, job.k, dtype=job.dtype, device=job.device))
 
 
 def _layer(work: Workload) -> Any:

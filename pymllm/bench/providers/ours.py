@@ -27,11 +27,9 @@ class Ours(Provider):
         return [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]
 
     def describe(self, work: Workload, m: int) -> Description:
-        kernel = self._layer.kernel_choice.kernel.name
-        config = _rule(kernel, self._layer, m)
-        if config is None:
-            return Description(kernel, "rule")
-        return Description(f"{kernel} {config}", "rule")
+        choice = self._layer.kernel_choice
+        config = choice.kernel.configuration(self._layer.problem, m)
+        return Description(f"{choice.kernel.name} {config or ''}".strip(), "rule")
 
 
 def make_layer(work: Workload) -> Any:
@@ -67,24 +65,3 @@ def make_layer(work: Workload) -> Any:
         layer.load_tensor("weight_shape", torch.tensor([work.n, work.k]))
     layer.quant_method.process_weights_after_loading(layer)
     return layer
-
-
-def _rule(kernel: str, layer: Any, m: int) -> str | None:
-    """The launch parameters that the tuning rule gives the layer, in short."""
-    problem = layer.problem
-    chosen: Any
-    if kernel == "triton_w4a16":
-        from pymllm_kernels.w4a16 import tuning as w4a16
-        from pymllm_kernels.w4a16.layout import choose_layout
-
-        block_k = choose_layout(4, problem.k, problem.group_size).block_k
-        spans = layer.quant_method.scheme.weight_of(layer).group_index is not None
-        form = w4a16.Form(4, block_k, problem.group_size, spans)
-        chosen = w4a16.choose_config(m, form, problem.device)
-    elif kernel == "triton_w8a8_int8":
-        from pymllm_kernels.w8a8_int8 import tuning as w8a8
-
-        chosen = w8a8.choose_config(m, problem.k, problem.device)
-    else:
-        return None
-    return ", ".join(f"{name}={value}" for name, value in vars(chosen).items())

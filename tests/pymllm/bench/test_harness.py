@@ -71,20 +71,90 @@ def test_copies_exceed_the_cache():
 def test_plan_of_calls(copies, call_us):
     used, count = timing.plan_calls(copies, call_us)
     assert 1 <= used <= copies
-    assert count % used == 0
     if call_us > timing.LONG_CALL_US:
         assert (used, count) == (1, 1)
         return
-    assert used >= min(2, copies)
+    if copies == 1:
+        assert count * call_us >= timing.MIN_GRAPH_US or count == timing.MAX_CALLS
+        return
+    # One call a copy, and enough copies that none is found where the last replay left it.
+    assert count == used >= 2
     assert used == copies or used * call_us <= timing.MAX_GRAPH_US or used == 2
-    long_enough = count * max(call_us, 0.5) >= timing.MIN_GRAPH_US
-    assert long_enough or count > timing.MAX_CALLS // 2
-    samples = timing.samples_for(count * call_us, call_us)
-    assert timing.MIN_SAMPLES <= samples <= timing.MAX_SAMPLES
 
 
-def test_long_calls_take_few_samples():
-    assert timing.samples_for(50_000.0, 50_000.0) == timing.LONG_SAMPLES
+def test_long_calls_are_replayed_less():
+    assert timing.replays_for(10.0) == (3, 12)
+    assert timing.replays_for(50_000.0) == (1, timing.LONG_REPLAYS)
+
+
+def test_rest_grows_with_the_work_and_ends():
+    assert timing.rest_for(300.0, 10.0, 3.0) == pytest.approx(3.0 * 15 * 300e-6)
+    assert timing.rest_for(300.0, 10.0, 0.0) == 0.0
+    assert timing.rest_for(1e6, 1e6, 3.0) == timing.MAX_REST_S
+
+
+class Clock:
+    """Events, graphs and streams of a GPU on which every call takes ``call_us``."""
+
+    def __init__(self, monkeypatch, call_us):
+        self.call_us, self.now, self.log, self._recording = call_us, 0.0, [], None
+        clock = self
+
+        class Event:
+            def __init__(self, **_):
+                self.at = None
+
+            def record(self):
+                self.at = clock.now
+
+            def synchronize(self):
+                clock.log.append("wait")
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) / 1e3
+
+        class Graph:
+            def __init__(self):
+                self.calls = 0
+
+            def replay(self):
+                clock.log.append(self.calls)
+                clock.now += clock.call_us * self.calls
+
+            def reset(self):
+                pass
+
+        def capture(calls):
+            graph = Graph()
+            before = clock.now
+            for call in calls:
+                call()
+            clock.now, graph.calls = before, len(calls)
+            return graph
+
+        monkeypatch.setattr(timing, "_event", Event)
+        monkeypatch.setattr(timing, "_capture", capture)
+        monkeypatch.setattr(timing, "_warm_up", lambda calls: 100.0)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.log.append("all"))
+        monkeypatch.setattr(timing.time, "sleep", lambda s: clock.log.append(("rest", s)))
+
+    def call(self):
+        self.now += self.call_us
+
+
+def test_graph_holds_one_call_a_copy_and_replays_wait_for_each_other(monkeypatch):
+    clock = Clock(monkeypatch, 10.0)
+    seen = []
+    found = timing.graph_time([clock.call] * 5, rest=2.0, watch=lambda: seen.append(len(clock.log)))
+    assert (found.median_us, found.copies, found.calls, len(found.samples_us)) == (10.0, 5, 5, 12)
+    pilot = [4, "wait"] * 2
+    assert clock.log[:4] == pilot
+    assert clock.log[4] == ("rest", pytest.approx(2.0 * 15 * 50e-6))
+    assert clock.log[5:35] == [5, "wait"] * 15
+    # What is watched is watched at work, and the GPU is done before the graph goes.
+    busy = int(timing.WATCHED_US / 50)
+    assert clock.log[35:] == [5] * busy + ["all"]
+    assert seen == [35 + busy]
 
 
 def test_cpu_time_rotates_and_measures():

@@ -12,7 +12,7 @@ import torch
 from pymllm.bench import run as runs
 from pymllm.bench.compare import compare, why_not_comparable
 from pymllm.bench.measure import Bench, Plan, Stopped, time_limit
-from pymllm.bench.providers import NAMES, PROVIDERS, Provider, base, select
+from pymllm.bench.providers import NAMES, PROVIDERS, Job, Provider, base, select
 from pymllm.bench.roof import Roof
 from pymllm.bench.run import VERSION, load, run
 from pymllm.bench.timing import summarize
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 CELL_KEYS = set(runs.__doc__.split("every key is always there")[1].split('"')[1::2])
 KEYS = {
     "scheme", "n", "k", "m", "group", "dtype", "provider", "mode", "cache", "skip", "median_us",
-    "low_us", "high_us", "copies", "replays", "tbps", "tops", "roof_us", "roof_fraction", "error",
+    "low_us", "high_us", "copies", "replays", "sm_mhz", "power_w", "throttle", "tbps", "tops", "roof_us", "roof_fraction", "error",
     "config", "origin",
 }  # fmt: skip
 
@@ -212,6 +212,53 @@ def test_host_cost_is_measured_once():
     assert plan.clocks(work, 1) == [("graph", "cold")]
 
 
+class Warmed(Broken):
+    name = "ours"
+
+    def __init__(self, error=None):
+        super().__init__(None)
+        self.jobs, self.limit_s, self._error = None, None, error
+
+    def warm(self, jobs, limit_s):
+        self.jobs, self.limit_s = jobs, limit_s
+        if self._error:
+            raise self._error
+
+
+def test_providers_compile_ahead_what_will_be_timed():
+    session = runs.start(CPU, tokens=[1, 3], providers=["ours"], deadline=time.monotonic() + 50)
+    provider = Warmed()
+    provider.schemes = ("w4a16",)
+    session.warm(("w4a16", "w8a8_int8"), [(64, 256), (32, 128)], provider)
+    assert [(job.scheme, job.n, job.k, job.tokens) for job in provider.jobs] == [
+        ("w4a16", 64, 256, (1, 3)),
+        ("w4a16", 32, 128, (1, 3)),
+    ]
+    assert 40 < provider.limit_s <= 50
+    for job in provider.jobs:
+        assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
+        assert job.workload().x(1).shape == (1, job.k)
+    known = session.result.document["providers"]["ours"]
+    assert known["warm"] is None and known["warm_s"] >= 0
+    session.warm(("w4a16",), [(64, 256)], Warmed(TimeoutError("too long")))
+    assert known["warm"] == "TimeoutError: too long"
+
+
+def test_options_of_providers():
+    with pytest.raises(ValueError, match="gemlight"):
+        runs.configure({"gemlight": {}})
+    with pytest.raises(ValueError, match=r"ours: found options .'autotune'"):
+        runs.configure({"ours": {"autotune": "max"}})
+    for wrong in ({"autotune": "most"}, {"candidates": 0}, {"speed": 1}):
+        with pytest.raises(ValueError, match="gemlite: found"):
+            runs.configure({"gemlite": wrong})
+    gemlite = next(p for p in PROVIDERS if p.name == "gemlite")
+    runs.configure({"gemlite": {"autotune": "max", "candidates": 40}})
+    assert "at most 40 candidates" in gemlite.about
+    runs.configure({})
+    assert "default list" in gemlite.about
+
+
 def test_absent_peers_say_why(monkeypatch):
     monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
     for provider in PROVIDERS:
@@ -264,6 +311,8 @@ def changed(document, path, value):
         (("environment", "gpu"), "NVIDIA L4", "different gpu: .* and NVIDIA L4"),
         (("environment", "device"), "cuda", "different device"),
         (("method", "cache"), "hot", "different cache state"),
+        (("method", "graph"), "two rounds", "different methods"),
+        (("method", "rest"), 7.0, None),
         (("cells", 0, "mode"), "graph", None),
         (("environment", "driver"), "1.2", None),
     ],

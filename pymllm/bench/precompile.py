@@ -1,0 +1,46 @@
+"""One process of :func:`pymllm.bench.autotune.compile_side_by_side`.
+
+``python -m pymllm.bench.precompile TASK``; ``TASK`` is JSON: ``{"provider": name, "options": {...},
+"jobs": [[scheme, n, k, group, dtype, device, [m, ...]], ...], "limit": int, "index": int, "count": int}``.
+The last line printed is the JSON list of candidates that do not compile.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from pymllm.bench.autotune import compiling
+from pymllm.bench.providers import PROVIDERS
+from pymllm.bench.providers.base import Job, Provider
+
+
+def compile_share(
+    provider: Provider, jobs: list[Job], limit: int, index: int, count: int
+) -> list[str]:
+    """Compiles every ``count``-th candidate of all calls; returns those that do not compile."""
+    with torch.no_grad(), compiling(limit, index, count) as failed:
+        for job in jobs:
+            work = job.workload()
+            (call,) = provider.build(work, 1)
+            for m in job.tokens:
+                call(work.inputs.new_zeros(m, work.k))
+            del work, call
+    return failed
+
+
+def main() -> None:
+    """Does the task of the command line."""
+    task: dict[str, Any] = json.loads(sys.argv[1])
+    provider = next(p for p in PROVIDERS if p.name == task["provider"])
+    provider.configure(**task["options"])
+    jobs = [Job.from_json(entry) for entry in task["jobs"]]
+    failed = compile_share(provider, jobs, task["limit"], task["index"], task["count"])
+    print(json.dumps(failed))
+
+
+if __name__ == "__main__":
+    main()
