@@ -25,6 +25,8 @@ _SHARED_MEMORY = {
 # The smallest opt-in limit since sm_80: a tile that fits it runs on a capability not yet known.
 _SHARED_MEMORY_UNKNOWN = 99 * KIB
 _SHARED_MEMORY_HIP = 64 * KIB
+# Of a planned device, where the launch parameters depend on it: the H100 SXM and the H200.
+_MULTIPROCESSORS = {(9, 0): 132}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def planned_device(capability: str) -> DeviceFacts:
         )
     pair = (int(major), int(minor))
     shared = _SHARED_MEMORY.get(pair, _SHARED_MEMORY_UNKNOWN if pair >= (8, 0) else 48 * KIB)
-    return DeviceFacts("cuda", f"a GPU of capability {capability}", pair, shared, 0)
+    return DeviceFacts(
+        "cuda", f"a GPU of capability {capability}", pair, shared, _MULTIPROCESSORS.get(pair, 0)
+    )
 
 
 def device_facts(device: torch.device | str) -> DeviceFacts:

@@ -19,12 +19,20 @@ _LIBRARY.define(
     "w4a16_gemm(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? group_index,"
     " Tensor? input_perm, Tensor? bias, int bits, int group_size) -> Tensor"
 )
+_LIBRARY.define(
+    "w4a16_gemm_hopper(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? input_perm,"
+    " Tensor? bias, int group_size) -> Tensor"
+)
 _LIBRARY.define("per_token_quant_int8(Tensor x) -> (Tensor, Tensor)")
 _LIBRARY.define("per_token_quant_int8_asym(Tensor x) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define("static_quant_int8(Tensor x, Tensor scale, Tensor? zero) -> Tensor")
 _LIBRARY.define(
     "w8a8_int8_gemm(Tensor codes, Tensor weight, Tensor x_scale, Tensor w_scale, Tensor? x_zero,"
     " Tensor? w_column_sum, Tensor? bias, ScalarType out_dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "w8a8_int8_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? w_column_sum,"
+    " Tensor? input_scale, Tensor? input_zero, Tensor? bias, bool symmetric) -> Tensor"
 )
 
 
@@ -81,6 +89,28 @@ def _w4a16_gemm(
         launch(rows, weight, scale, zero, group_index, input_perm, bias, out,
                bits=bits, group_size=group_size)  # fmt: skip
     return out.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def _w4a16_gemm_hopper(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    input_perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    from pymllm_kernels.w4a16.hopper_launch import launch
+
+    rows = _rows(x)
+    n = weight.shape[1]
+    out = torch.empty(rows.shape[0], n, dtype=x.dtype, device=x.device)
+    with _on_device(x):
+        if input_perm is not None:
+            # TMA reads neighbours: act-order activations are gathered before the kernel.
+            rows = rows.index_select(1, input_perm)
+        launch(rows, weight, scale, zero, bias, out, group_size=group_size)
+    return out.view(*x.shape[:-1], n)
 
 
 def _per_token_quant(
@@ -160,6 +190,29 @@ def _w8a8_int8_gemm(
     return out.to(out_dtype).view(*codes.shape[:-1], n)
 
 
+def _w8a8_int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    w_column_sum: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    input_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    symmetric: bool,
+) -> torch.Tensor:
+    if x.device.type == "cpu":
+        raise RuntimeError("w8a8_int8_linear: found CPU tensors; the kernel needs a Hopper GPU")
+    from pymllm_kernels.w8a8_int8.hopper_launch import launch_linear
+
+    rows = _rows(x)
+    n = weight.shape[0]
+    out = torch.empty((rows.shape[0], n), dtype=x.dtype, device=x.device)
+    with _on_device(x):
+        launch_linear(rows, weight, w_scale, w_column_sum, input_scale, input_zero, bias, out,
+                      symmetric=symmetric)  # fmt: skip
+    return out.view(*x.shape[:-1], n)
+
+
 def _fake_w4a16_gemm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -172,6 +225,18 @@ def _fake_w4a16_gemm(
     group_size: int,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], scale.shape[1]))
+
+
+def _fake_w4a16_gemm_hopper(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    input_perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
 def _fake_per_token_quant_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,12 +270,27 @@ def _fake_w8a8_int8_gemm(
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
+def _fake_w8a8_int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    w_column_sum: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    input_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    symmetric: bool,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "w4a16_gemm": (_w4a16_gemm, _fake_w4a16_gemm),
+    "w4a16_gemm_hopper": (_w4a16_gemm_hopper, _fake_w4a16_gemm_hopper),
     "per_token_quant_int8": (_per_token_quant_int8, _fake_per_token_quant_int8),
     "per_token_quant_int8_asym": (_per_token_quant_int8_asym, _fake_per_token_quant_int8_asym),
     "static_quant_int8": (_static_quant_int8, _fake_static_quant_int8),
     "w8a8_int8_gemm": (_w8a8_int8_gemm, _fake_w8a8_int8_gemm),
+    "w8a8_int8_linear": (_w8a8_int8_linear, _fake_w8a8_int8_linear),
 }
 
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():

@@ -63,3 +63,7 @@ class LinearKernel:
     def why(self, problem: LinearProblem) -> str:
         """What makes this kernel the choice where it can run."""
         raise NotImplementedError
+
+    def configuration(self, problem: LinearProblem, m: int) -> str | None:
+        """Launch parameters for ``m`` tokens, in short; ``None`` where there are none to choose."""
+        return None

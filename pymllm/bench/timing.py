@@ -34,7 +34,7 @@ EAGER_SAMPLES, CPU_SAMPLES = 11, 31
 # Idle time before the replays of a call, in GPU time that they will take: back to back, compute-bound
 # calls draw more than the board may, and its clock falls for all that follow.
 REST = 3.0
-MAX_REST_S = 0.3
+MAX_REST_S = 0.6
 # What is watched takes milliseconds to read; the GPU is kept busy for about as long.
 WATCHED_US = 2_000.0
 

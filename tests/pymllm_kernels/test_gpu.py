@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from pymllm_kernels import LinearProblem, device_facts, per_token_quant_int8, select_kernel
 from pymllm_kernels.per_token_quant_int8 import reference as quant_reference
+from pymllm_kernels.problem import LinearKernel
 from pymllm_kernels.testing.inputs import assert_as_accurate_as_torch, make_w4a16
 from pymllm_kernels.w4a16 import kernel as w4a16_kernel
 from pymllm_kernels.w4a16.tuning import Form
@@ -65,14 +66,21 @@ def test_w4a16_combination(
         n, k, group_size, bits=bits, symmetric=symmetric, act_order=act_order, dtype=dtype,
         device="cuda", seed=m + n + k,
     )  # fmt: skip
-    kernel = select_kernel(layer.problem).kernel
-    assert kernel.name == "triton_w4a16"
-    weight = kernel.prepare(layer.problem, layer.words, layer.scale, layer.zero, layer.g_idx)
     x = torch.randn(m, k, device="cuda").to(dtype)
     bias = torch.randn(n, device="cuda").to(dtype)
     exact = x.double() @ layer.exact.T + bias.double()
-    actual = kernel.apply(layer.problem, x, weight, bias)
-    assert_as_accurate_as_torch(actual, exact, F.linear(x, layer.rounded, bias))
+    for kernel in _fused_kernels(layer.problem):
+        weight = kernel.prepare(layer.problem, layer.words, layer.scale, layer.zero, layer.g_idx)
+        actual = kernel.apply(layer.problem, x, weight, bias)
+        assert_as_accurate_as_torch(actual, exact, F.linear(x, layer.rounded, bias))
+
+
+def _fused_kernels(problem: LinearProblem) -> list[LinearKernel]:
+    """The kernel that is chosen, and the one for any GPU beside it."""
+    chosen = select_kernel(problem)
+    assert chosen.kernel.name in ("gluon_hopper_w4a16", "triton_w4a16"), chosen
+    anywhere = select_kernel(problem, "triton_w4a16").kernel
+    return [chosen.kernel] if chosen.kernel is anywhere else [chosen.kernel, anywhere]
 
 
 @pytest.mark.parametrize("m", MS)
@@ -102,7 +110,7 @@ def test_w8a8_combination(m: int, n: int) -> None:
             "token",
         )
         kernel = select_kernel(problem).kernel
-        assert kernel.name == "triton_w8a8_int8"
+        assert kernel.name in ("gluon_hopper_w8a8_int8", "triton_w8a8_int8")
         actual = kernel.apply(problem, x, kernel.prepare(problem, weight, scale), bias)
         scaled = scale * w8a8_reference.int_matmul(codes, weight).to(torch.float32)
         expected = (x_scale.double() * scaled.double() + bias.double()).float().to(BF16)
@@ -181,7 +189,7 @@ def test_thousand_launches_give_the_same_bits(m: int, group_size: int) -> None:
 @pytest.mark.parametrize("group_size", [128, 32, -1])
 def test_every_w4a16_configuration(bits: int, group_size: int) -> None:
     layer = make_w4a16(520, 1024, group_size, bits=bits, symmetric=False, device="cuda")
-    kernel = select_kernel(layer.problem).kernel
+    kernel = select_kernel(layer.problem, "triton_w4a16").kernel
     weight = kernel.prepare(layer.problem, layer.words, layer.scale, layer.zero, layer.g_idx)
     x = torch.randn(200, 1024, device="cuda").to(BF16)
     exact = x.double() @ layer.exact.T

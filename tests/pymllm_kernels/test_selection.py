@@ -47,10 +47,13 @@ def w8a8(capability: str = "9.0", **changes: object) -> LinearProblem:
 @pytest.mark.parametrize("capability", TRITON_CAPABILITIES)
 def test_triton_from_8_0(capability: str, dtype: torch.dtype) -> None:
     for problem, name in ((w4a16, "triton_w4a16"), (w8a8, "triton_w8a8_int8")):
-        choice = select_kernel(problem(capability, act_dtype=dtype))
+        asked = problem(capability, act_dtype=dtype)
+        choice = select_kernel(asked)
+        if capability == "9.0":
+            assert choice.kernel.name.startswith("gluon_hopper")
+            choice = select_kernel(asked, name)
         assert choice.kernel.name == name
         assert (choice.note is not None) == (capability == "13.7")
-        assert len(choice.refusals) == 2
 
 
 def test_fp32_activations() -> None:
@@ -115,6 +118,7 @@ def test_a_choice_prints_every_reason() -> None:
     text = str(select_kernel(w4a16("cpu", symmetric=False)))
     assert text.splitlines() == [
         "torch_w4a16: plain torch, dequantizes the weight at every call",
+        "  not gluon_hopper_w4a16: needs a GPU, the device is a CPU",
         "  not triton_w4a16: needs a GPU, the device is a CPU",
         "  not cpu_int4pack: takes zero points only folded into 16-bit offsets, which rounds them",
     ]
@@ -131,7 +135,7 @@ def test_forced_kernel() -> None:
     [
         (w4a16(), "cpu_int4pack", "kernel 'cpu_int4pack' cannot run .*runs on a CPU"),
         (w4a16("cpu"), "triton_w4a16", "triton_w4a16: needs a GPU"),
-        (w4a16(), "marlin", r"found 'marlin', accepted for w4a16: \['triton_w4a16'"),
+        (w4a16(), "marlin", r"found 'marlin', accepted for w4a16: \['gluon_hopper_w4a16'"),
         (w4a16(), "triton_w8a8_int8", "accepted for w4a16"),
         (w8a8(k=65537), None, "no kernel can run .*K up to 65536.*found 65537"),
         (w4a16(scheme="w4a4"), None, "scheme: found 'w4a4'"),
@@ -150,14 +154,57 @@ def test_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names() -> None:
-    assert kernel_names("w8a8_int8") == ["triton_w8a8_int8", "torch_int_mm", "torch_w8a8_int8"]
-    assert len(kernel_names()) == 6
+    w4a16_names, w8a8_names = kernel_names("w4a16"), kernel_names("w8a8_int8")
+    assert w4a16_names == ["gluon_hopper_w4a16", "triton_w4a16", "cpu_int4pack", "torch_w4a16"]
+    assert w8a8_names[-3:] == ["triton_w8a8_int8", "torch_int_mm", "torch_w8a8_int8"]
+    assert kernel_names() == [*w4a16_names, *w8a8_names]
 
 
 @pytest.mark.parametrize("capability", ["nine", "9", "9.x", ""])
 def test_planned_device_refusals(capability: str) -> None:
     with pytest.raises(ValueError, match="capability: found"):
         planned_device(capability)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"weight_bits": 8}, "weights of 4 bits, found 8"),
+        ({"scale_dtype": FP32}, "found torch.float32"),
+        ({"n": 4104}, "N a multiple of 16, found 4104"),
+        ({"k": 4100, "group_size": -1}, "K a multiple of 8, found 4100"),
+        ({"group_size": 8}, "found 8"),
+        ({"act_dtype": FP32}, "found torch.float32"),
+    ],
+    ids=str,
+)
+def test_w4a16_for_hopper_says_what_it_takes(changes: dict[str, object], reason: str) -> None:
+    choice = select_kernel(w4a16(**changes))
+    assert choice.kernel.name in ("triton_w4a16", "torch_w4a16")
+    assert dict(choice.refusals)["gluon_hopper_w4a16"].endswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"n": 4100}, "N a multiple of 8, found 4100"),
+        ({"k": 4104}, "K a multiple of 16, found 4104"),
+        ({"act_dtype": FP32}, "found torch.float32"),
+        ({"device": planned_device("8.9")}, "found 8.9"),
+    ],
+    ids=str,
+)
+def test_w8a8_for_hopper_says_what_it_takes(changes: dict[str, object], reason: str) -> None:
+    choice = select_kernel(w8a8(**changes))
+    assert choice.kernel.name == "triton_w8a8_int8"
+    assert dict(choice.refusals)["gluon_hopper_w8a8_int8"].endswith(reason)
+
+
+def test_configuration_is_told() -> None:
+    for kernel, first in (("gluon_hopper_w4a16", "block_m=32"), ("triton_w4a16", "block_m=32")):
+        text = select_kernel(w4a16(), kernel).kernel.configuration(w4a16(), 32)
+        assert text is not None and text.startswith(first)
+    assert select_kernel(w4a16("cpu")).kernel.configuration(w4a16("cpu"), 32) is None
 
 
 FORMS = [

@@ -64,3 +64,8 @@ def first_that_fits(
         f"no configuration of {kernel} fits the shared memory of {device.name} "
         f"({device.shared_memory} bytes)"
     )
+
+
+def in_short(config: Any) -> str:
+    """A configuration as ``name=value, ...``."""
+    return ", ".join(f"{name}={value}" for name, value in vars(config).items())

@@ -28,6 +28,19 @@ def why_not_triton(problem: LinearProblem) -> str | None:
     return None
 
 
+def why_not_gluon_hopper(problem: LinearProblem) -> str | None:
+    """``None`` if the kernels written in Gluon for Hopper run on the problem's device, else the reason."""
+    capability = problem.device.capability
+    if capability != (9, 0):
+        found = "{}.{}".format(*capability) if capability else problem.device.name
+        return f"needs capability 9.0 (Hopper's wgmma and copy engine), found {found}"
+    try:
+        from triton.experimental.gluon.nvidia import hopper  # noqa: F401
+    except ImportError:
+        return "needs Gluon, which this version of Triton lacks (3.6 and later have it)"
+    return None
+
+
 def device_note(problem: LinearProblem) -> str | None:
     """What a user should know of a device on which the Triton kernels were not measured."""
     device = problem.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from pymllm_kernels.per_token_quant_int8.reference import TINY, TINY_FACTOR
 
@@ -13,8 +14,9 @@ from pymllm_kernels.per_token_quant_int8.reference import TINY, TINY_FACTOR
 _ROUND = tl.constexpr(12582912.0)
 _TINY = tl.constexpr(TINY)
 _TINY_FACTOR = tl.constexpr(TINY_FACTOR)
+_INFINITY_BITS = tl.constexpr(0x7F800000)
 # A row of up to this many values is held in registers and read once.
-_MAX_BLOCK = 8192
+_MAX_BLOCK = 32768
 
 
 @triton.jit
@@ -41,54 +43,100 @@ def _add_zero(code, zero):
 
 
 @triton.jit
-def _extremes(v, zero_ptr):
+def _size_bits(v):
+    """The bits of ``abs(v)``, in the order of the values, with NaN above infinity."""
+    return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _extremes(v):
     """Largest and smallest value so far and 0, a lane at a time, and whether a lane saw NaN.
 
     max and min drop NaN, hence the third.
     """
-    nan = _is_nan(v).to(tl.int32)
-    if zero_ptr is None:
-        return tl.abs(v), tl.zeros_like(v), nan
-    else:
-        return tl.maximum(v, 0.0), tl.minimum(v, 0.0), nan
+    return tl.maximum(v, 0.0), tl.minimum(v, 0.0), _is_nan(v).to(tl.int32)
 
 
 @triton.jit
-def _per_token_quant_kernel(
-    x_ptr,  # [M, K], any strides
-    codes_ptr,  # int8 [M, K]
-    scale_ptr,  # fp32 [M]
-    zero_ptr,  # int32 [M] or None: symmetric
-    K, stride_xm, stride_xk, stride_cm,
-    BLOCK_K: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = x_ptr + row * stride_xm
+def _inverse(size, STEPS: tl.constexpr):
+    """(factor, STEPS / (size * factor)): a power of two keeps the quotient of tiny sizes finite."""
+    factor = tl.where(size < _TINY, _TINY_FACTOR, 1.0)
+    divisor = tl.where(size == 0.0, 1.0, size * factor)
+    return factor, tl.where(size == 0.0, 0.0, tl.div_rn(STEPS, divisor))
+
+
+@triton.jit
+def _store_symmetric(out_ptr, v, k, K, factor, inverse, finite):
+    """``rint(v * factor * inverse)``, or 0 in a row with NaN or infinity.
+
+    The low byte of the sum that rounds is the code: a third of the instructions of clamping and
+    converting, which would take longer than the memory.
+    """
+    if finite:
+        code = ((v * factor) * inverse + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+        tl.store(out_ptr + k, code, mask=k < K)
+    else:
+        tl.store(out_ptr + k, tl.zeros_like(k).to(tl.int8), mask=k < K)
+
+
+@triton.jit
+def _prepare_next_kernel(counters_ptr, counters, PDL: tl.constexpr):
+    """Lets a kernel that was launched to overlap with this one start, and clears its counters."""
+    if PDL:
+        gdc_launch_dependents()
+    if counters_ptr is not None:  # noqa: SIM102  one is known at compile time, the other not
+        if tl.program_id(0) == 0:
+            for start in range(0, counters, 256):
+                index = start + tl.arange(0, 256)
+                tl.store(counters_ptr + index, tl.zeros_like(index), mask=index < counters)
+
+
+@triton.jit
+def _quantize_symmetric(
+    row_ptr, out_ptr, scale_ptr, K, stride_xk, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr
+):
     lanes = tl.arange(0, BLOCK_K)
     v = _load_row(row_ptr, lanes, K, stride_xk)
-    high, low, nan = _extremes(v, zero_ptr)
+    bits = _size_bits(v)
     if not ONE_BLOCK:
         for k0 in range(BLOCK_K, K, BLOCK_K):
-            v = _load_row(row_ptr, k0 + lanes, K, stride_xk)
-            high_k, low_k, nan_k = _extremes(v, zero_ptr)
+            bits = tl.maximum(bits, _size_bits(_load_row(row_ptr, k0 + lanes, K, stride_xk)))
+    top = tl.max(bits, 0)
+    size = top.to(tl.float32, bitcast=True)
+    finite = top < _INFINITY_BITS
+    factor, inverse = _inverse(size, 127.0)
+    tl.store(scale_ptr, tl.div_rn(size, 127.0))
+    if ONE_BLOCK:
+        _store_symmetric(out_ptr, v, lanes, K, factor, inverse, finite)
+    else:
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + lanes
+            v = _load_row(row_ptr, k, K, stride_xk)
+            _store_symmetric(out_ptr, v, k, K, factor, inverse, finite)
+
+
+@triton.jit
+def _quantize_asymmetric(
+    row_ptr, out_ptr, scale_ptr, zero_ptr, K, stride_xk,
+    BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, BLOCK_K)
+    v = _load_row(row_ptr, lanes, K, stride_xk)
+    high, low, nan = _extremes(v)
+    if not ONE_BLOCK:
+        for k0 in range(BLOCK_K, K, BLOCK_K):
+            high_k, low_k, nan_k = _extremes(_load_row(row_ptr, k0 + lanes, K, stride_xk))
             high = tl.maximum(high, high_k)
             low = tl.minimum(low, low_k)
             nan |= nan_k
-    size = tl.max(high, 0) - tl.min(low, 0)
+    least = tl.min(low, 0)
+    size = tl.max(high, 0) - least
     size = tl.where(tl.max(nan, 0) > 0, float("nan"), size)
-    STEPS: tl.constexpr = 127.0 if zero_ptr is None else 255.0
-    factor = tl.where(size < _TINY, _TINY_FACTOR, 1.0)
-    inverse = tl.where(
-        size == 0.0, 0.0, tl.div_rn(STEPS, tl.where(size == 0.0, 1.0, size * factor))
-    )
-    tl.store(scale_ptr + row, tl.div_rn(size, STEPS))
-    shift = 0.0
-    if zero_ptr is not None:
-        shift = _round_to_int8_range(-128.0 - (tl.min(low, 0) * factor) * inverse)
-        shift = tl.where(size == 0.0, 0.0, tl.minimum(tl.maximum(shift, -128.0), 127.0))
-        tl.store(zero_ptr + row, shift.to(tl.int32))
-    out_ptr = codes_ptr + row * stride_cm
+    factor, inverse = _inverse(size, 255.0)
+    tl.store(scale_ptr, tl.div_rn(size, 255.0))
+    shift = _round_to_int8_range(-128.0 - (least * factor) * inverse)
+    shift = tl.where(size == 0.0, 0.0, tl.minimum(tl.maximum(shift, -128.0), 127.0))
+    tl.store(zero_ptr, shift.to(tl.int32))
     if ONE_BLOCK:
         code = _add_zero(_round_to_int8_range((v * factor) * inverse), shift)
         tl.store(out_ptr + lanes, code, mask=lanes < K)
@@ -100,15 +148,44 @@ def _per_token_quant_kernel(
             tl.store(out_ptr + k, code, mask=k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["counters"])
+def _per_token_quant_kernel(
+    x_ptr,  # [M, K], any strides
+    codes_ptr,  # int8 [M, K]
+    scale_ptr,  # fp32 [M]
+    zero_ptr,  # int32 [M] or None: symmetric
+    counters_ptr,  # int32 [counters] to be cleared for the next kernel, or None
+    K, stride_xm, stride_xk, stride_cm, counters,
+    BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    _prepare_next_kernel(counters_ptr, counters, PDL)
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = x_ptr + row * stride_xm
+    out_ptr = codes_ptr + row * stride_cm
+    if zero_ptr is None:
+        _quantize_symmetric(
+            row_ptr, out_ptr, scale_ptr + row, K, stride_xk, BLOCK_K, ONE_BLOCK
+        )  # fmt: skip
+    else:
+        _quantize_asymmetric(
+            row_ptr, out_ptr, scale_ptr + row, zero_ptr + row, K, stride_xk, BLOCK_K, ONE_BLOCK
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["counters"])
 def _static_quant_kernel(
     x_ptr,  # [M, K], any strides
     codes_ptr,  # int8 [M, K]
     scale_ptr,  # fp32 [1]
     zero_ptr,  # int32 [1] or None
-    K, stride_xm, stride_xk, stride_cm,
+    counters_ptr,  # int32 [counters] to be cleared for the next kernel, or None
+    K, stride_xm, stride_xk, stride_cm, counters,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    _prepare_next_kernel(counters_ptr, counters, PDL)
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr)
     shift = 0.0
@@ -122,23 +199,47 @@ def _static_quant_kernel(
 
 
 def launch_dynamic(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    *,
+    counters: torch.Tensor | None = None,
+    pdl: bool = False,
+    parameters: tuple[int, int] | None = None,
 ) -> None:
-    """Fills ``codes [M, K]``, ``scale [M]`` and, if asymmetric, ``zero [M]`` from ``x [M, K]``."""
+    """Fills ``codes [M, K]``, ``scale [M]`` and, if asymmetric, ``zero [M]`` from ``x [M, K]``.
+
+    Args:
+        x: floating, any strides.
+        codes: int8.
+        scale: fp32.
+        zero: int32 or ``None``.
+        counters: int32 to be set to 0 for the kernel that follows.
+        pdl: whether that kernel, if launched for it, may start at once.
+        parameters: (BLOCK_K, num_warps), by rule if absent.
+    """
     m, k = x.shape
     if m == 0:
         return
-    block, warps = launch_parameters(k)
+    block, warps = parameters or launch_parameters(k)
     _per_token_quant_kernel[(m,)](
-        x, codes, scale, zero, k, x.stride(0), x.stride(1), codes.stride(0),
-        BLOCK_K=block, ONE_BLOCK=k <= block, num_warps=warps,
+        x, codes, scale, zero, counters, k, x.stride(0), x.stride(1), codes.stride(0),
+        0 if counters is None else counters.numel(),
+        BLOCK_K=block, ONE_BLOCK=k <= block, PDL=pdl, num_warps=warps,
         # A fused multiply-add would skip the rounding of the product before rint.
         enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def launch_static(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    *,
+    counters: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> None:
     """Fills ``codes [M, K]`` from ``x [M, K]`` with one scale and zero point for the tensor."""
     m, k = x.shape
@@ -146,12 +247,16 @@ def launch_static(
         return
     block, warps = launch_parameters(k)
     _static_quant_kernel[(m,)](
-        x, codes, scale, zero, k, x.stride(0), x.stride(1), codes.stride(0),
-        BLOCK_K=block, num_warps=warps, enable_fp_fusion=False,
+        x, codes, scale, zero, counters, k, x.stride(0), x.stride(1), codes.stride(0),
+        0 if counters is None else counters.numel(),
+        BLOCK_K=block, PDL=pdl, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def launch_parameters(k: int) -> tuple[int, int]:
-    """(BLOCK_K, num_warps) of a row of ``k`` values: 16 values a thread where the row allows it."""
+    """(BLOCK_K, num_warps) of a row of ``k`` values: 32 values a thread up to 16384, then 64.
+
+    On an H200, 4096 values take 2.0 us with 4 warps, 2.1 with 8 and 2.3 with 16.
+    """
     block = min(max(triton.next_power_of_2(k), 256), _MAX_BLOCK)
-    return block, min(max(block // 512, 1), 16)
+    return block, min(max(block // 1024, 1), 16)

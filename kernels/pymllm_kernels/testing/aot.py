@@ -85,18 +85,17 @@ def compile_for(case: AotCase, target: str) -> CompiledCode:
     """
     import triton
     from triton import knobs
-    from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
     if knobs.runtime.interpret or not isinstance(case.kernel, JITFunction):
         raise AotError(
             case,
             target,
-            f"need a triton.jit function and a process without TRITON_INTERPRET=1, "
+            f"need a triton.jit or gluon.jit function, no TRITON_INTERPRET=1, "
             f"got {type(case.kernel).__name__}",
         )
     gpu = _gpu_target(case, target)
-    source = ASTSource(
+    source = _source_class(case.kernel)(
         case.kernel,
         _full_signature(case, target),
         constexprs=dict(case.constexprs),
@@ -120,6 +119,16 @@ def compile_for(case: AotCase, target: str) -> CompiledCode:
         except Exception as error:
             raise AotError(case, target, f"{error!s}\n{stderr.text()}".strip()) from error
     return _compiled_code(target, compiled, stdout.getvalue())
+
+
+def _source_class(kernel: Any) -> Any:
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def _compiled_code(target: str, compiled: Any, log: str) -> CompiledCode:

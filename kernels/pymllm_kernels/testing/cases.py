@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,8 +11,11 @@ from pymllm_kernels.device import DeviceFacts, planned_device
 from pymllm_kernels.per_token_quant_int8 import kernel as quant_kernel
 from pymllm_kernels.testing.aot import AotCase
 from pymllm_kernels.w4a16 import kernel as w4a16_kernel
+from pymllm_kernels.w4a16.hopper_tuning import HopperConfig as HopperW4A16Config
 from pymllm_kernels.w4a16.tuning import Config, Form, choose_config
 from pymllm_kernels.w8a8_int8 import kernel as w8a8_kernel
+from pymllm_kernels.w8a8_int8.hopper_tuning import STREAM_K, HopperConfig, plan_launch
+from pymllm_kernels.w8a8_int8.hopper_tuning import choose_config as choose_hopper_config
 from pymllm_kernels.w8a8_int8.tuning import choose_config as choose_w8a8_config
 
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -49,6 +52,8 @@ W4A16_VARIANTS = (
     W4A16Variant("bf16-int8-g128", bits=8),
     W4A16Variant("bf16-int8-channel-asym", bits=8, group_size=-1, zero=True),
 )
+
+_HOPPER_VARIANTS = ("bf16-g128", "fp16-g128", "bf16-g64-asym", "fp16-g32-asym")
 
 
 def target_device(target: str) -> DeviceFacts:
@@ -102,6 +107,78 @@ def _w4a16_case(variant: W4A16Variant, form: Form, config: Config, device: Devic
     )
 
 
+def w4a16_hopper_case(
+    variant: W4A16Variant, config: HopperW4A16Config, bias: bool = True
+) -> AotCase:
+    """One form of the weight-only GEMM for Hopper."""
+    # Gluon kernels are imported where they are compiled: other targets do without them.
+    from pymllm_kernels.w4a16 import hopper, hopper_launch
+
+    def box(dtype: torch.dtype, *shape: int) -> str:
+        kind = {torch.int16: "i16", torch.int8: "i8"}.get(dtype) or _POINTER[dtype][1:]
+        one_row = len(shape) == 1
+        layout = (
+            hopper_launch.row_layout(dtype) if one_row else hopper_launch.tile_layout(*shape, dtype)
+        )
+        return f"tensordesc<{kind}{list(shape)},{layout!r}>"
+
+    form = hopper_launch.form_of(
+        variant.block_k, variant.group_size, variant.dtype, variant.dtype, not variant.zero
+    )
+    slice_k = variant.block_k // 4
+    pointer = _POINTER[variant.dtype]
+    shared = config.share != 1
+    optional = {
+        "zero_desc": box(torch.int8, config.block_n) if variant.zero else None,
+        "out_desc": (
+            box(variant.dtype, config.block_m // config.out_parts, config.rows)
+            if config.out_parts
+            else None
+        ),
+        "bias_ptr": pointer if bias else None,
+        "part_ptr": "*fp32" if shared else None,
+        "count_ptr": "*i32" if shared else None,
+    }
+    sizes = ("M", "N", "groups", "tiles_m", "tiles_n", "whole", "steps", "stride_om")
+    signature = {
+        "x_desc": box(variant.dtype, config.block_m, 2 * slice_k),
+        "weight_desc": box(torch.int16, config.block_n, slice_k),
+        "scale_desc": box(variant.dtype, config.block_n),
+        "out_ptr": pointer,
+        **{name: kind for name, kind in optional.items() if kind is not None},
+        **dict.fromkeys(sizes, "i32"),
+    }
+    return AotCase(
+        f"w4a16-hopper-{variant.name}-{config.block_m}x{config.block_n}-share{config.share}",
+        hopper.w4a16_gemm_hopper,
+        signature,
+        {
+            **hopper_launch.kernel_constants(config, form, variant.group_size, variant.dtype),
+            **{name: None for name, kind in optional.items() if kind is None},
+        },
+        num_warps=4,
+        num_stages=3,
+        divisible_by_16=(*(n for n in signature if n.endswith("_ptr")), "stride_om"),
+        options={"maxnreg": hopper_launch.LAUNCH_REGISTERS[config.consumers]},
+    )
+
+
+def w4a16_hopper_cases() -> Iterator[AotCase]:
+    """The weight-only GEMM for Hopper: every measured tile, shared and not, and other groups."""
+    from pymllm_kernels.w4a16.hopper_tuning import STREAM_K, HopperForm, candidates
+
+    plain, *others = (v for v in W4A16_VARIANTS if v.name in _HOPPER_VARIANTS)
+    every = [c for _, c in candidates(1, 128, 4096, HopperForm(), 132, 227 * 1024)]
+    for config in every:
+        if config.share in (1, STREAM_K):
+            yield w4a16_hopper_case(plain, config, bias=config.share == 1)
+    for variant in others:
+        form = HopperForm(variant.block_k, max(1, variant.block_k // variant.group_size), 3)
+        tiles = {c.block_m: c for _, c in candidates(1, 128, 4096, form, 132, 227 * 1024)}
+        for block_m in (16, 128):
+            yield w4a16_hopper_case(variant, tiles[block_m])
+
+
 def w8a8_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotCase]:
     """The int8 GEMM with and without zero points, K even and ragged."""
     device = target_device(target)
@@ -141,6 +218,83 @@ def w8a8_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotCa
             )
 
 
+def w8a8_hopper_case(
+    config: HopperConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    zero: bool = False,
+    bias: bool = False,
+    pdl: bool = True,
+) -> AotCase:
+    """One form of the int8 GEMM for Hopper."""
+    # Gluon kernels are imported where they are compiled: other targets do without them.
+    from pymllm_kernels.w8a8_int8 import hopper, hopper_launch
+
+    def descriptor(kind: str, rows: int, columns: int, element: torch.dtype) -> str:
+        layout = hopper_launch.shared_layout(rows, columns, element)
+        return f"tensordesc<{kind}{[rows, columns]},{layout!r}>"
+
+    pointer = _POINTER[dtype]
+    shared = config.share != 1
+    optional = {
+        "x_zero_ptr": "*i32" if zero else None,
+        "column_sum_ptr": "*i32" if zero else None,
+        "bias_ptr": pointer if bias else None,
+        "part_ptr": "*i32" if shared else None,
+        "count_ptr": "*i32" if shared else None,
+    }
+    signature = {
+        "x_desc": descriptor("i8", config.tokens, config.block_k, torch.int8),
+        "weight_desc": descriptor("i8", config.block_n, config.block_k, torch.int8),
+        "out_desc": descriptor(pointer[1:], *config.out_block, dtype),
+        "out_ptr": pointer,
+        "x_scale_ptr": "*fp32",
+        "w_scale_ptr": "*fp32",
+        "stride_om": "i32",
+        "whole": "i32",
+        **{name: kind for name, kind in optional.items() if kind is not None},
+    }
+    absent = {name: None for name, kind in optional.items() if kind is None}
+    way = "whole" if not shared else "meet" if config.meet else "shared"
+    odd = "-zero" * zero + "-bias" * bias
+    return AotCase(
+        f"w8a8_int8-hopper-{config.tokens}x{config.block_n}-{way}{odd}",
+        hopper.w8a8_int8_hopper_kernel,
+        signature,
+        {
+            **hopper_launch.kernel_constants(config, pdl),
+            **absent,
+            "stride_xs": 1,
+            "stride_ws": 1,
+        },
+        num_warps=4,
+        num_stages=3,
+        divisible_by_16=(*(name for name in signature if name.endswith("_ptr")), "stride_om"),
+        options={"maxnreg": config.registers[0]},
+    )
+
+
+# (N, K) whose tiles go to programs whole, evenly, or in runs.
+_HOPPER_SHAPES = ((4096, 4096), (8192, 28672), (28672, 4096), (4096, 14336))
+
+
+def w8a8_hopper_cases(tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotCase]:
+    """The int8 GEMM for Hopper, plain and with zero points and bias, at the rule's tiles."""
+    device = target_device("sm_90")
+    forms: dict[tuple[HopperConfig, bool], None] = {}
+    for m in tokens:
+        for n, k in _HOPPER_SHAPES:
+            config = choose_hopper_config(m, n, k, 132, device.shared_memory)
+            plan = plan_launch(config, m, n, k, 132)
+            assert plan is not None
+            # How many programs share a tile is not compiled in, only whether any do.
+            form = replace(config, share=1 if config.share == 1 else STREAM_K)
+            forms[form, plan.dependent] = None
+    for config, pdl in forms:
+        yield w8a8_hopper_case(config, pdl=pdl)
+        yield w8a8_hopper_case(config, zero=True, bias=True, pdl=pdl)
+
+
 def quant_cases() -> Iterator[AotCase]:
     """Activation quantization: dynamic (one block and several, both kinds) and static."""
     for k in (4096, 28672):
@@ -152,9 +306,10 @@ def quant_cases() -> Iterator[AotCase]:
                     "codes_ptr": "*i8",
                     "scale_ptr": "*fp32",
                     **({} if zero is None else {"zero_ptr": zero}),
-                    **dict.fromkeys(("K", "stride_xm", "stride_cm"), "i32"),
+                    **dict.fromkeys(("K", "stride_xm", "stride_cm", "counters"), "i32"),
                 }
-                constants: dict[str, object] = {"BLOCK_K": block, "stride_xk": 1}
+                constants: dict[str, object] = {"BLOCK_K": block, "stride_xk": 1, "PDL": False}
+                constants["counters_ptr"] = None
                 if zero is None:
                     constants["zero_ptr"] = None
                 if not static:
@@ -168,11 +323,14 @@ def quant_cases() -> Iterator[AotCase]:
                     constants,
                     warps,
                     3,
-                    tuple(signature),
+                    tuple(name for name in signature if name != "counters"),
                     {"enable_fp_fusion": False},
                 )
 
 
 def all_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> list[AotCase]:
     """Every kernel of the library at the tiles that ``tokens`` take on ``target``."""
-    return [*w4a16_cases(target, tokens), *w8a8_cases(target, tokens), *quant_cases()]
+    cases = [*w4a16_cases(target, tokens), *w8a8_cases(target, tokens), *quant_cases()]
+    if target == "sm_90":
+        cases += [*w4a16_hopper_cases(), *w8a8_hopper_cases(tokens)]
+    return cases

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from pymllm_kernels.common.launch import in_short
 from pymllm_kernels.common.packing import unpack_words
-from pymllm_kernels.common.support import why_not_triton
+from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
+from pymllm_kernels.common.workspace import reserve_counters
 from pymllm_kernels.problem import LinearKernel, LinearProblem
 from pymllm_kernels.w4a16 import api, reference
 from pymllm_kernels.w4a16.api import W4A16Weight
+from pymllm_kernels.w4a16.layout import choose_layout
+from pymllm_kernels.w4a16.tuning import Form, choose_config
 
 SCHEME = "w4a16"
 
@@ -63,6 +67,12 @@ class TritonW4A16(W4A16Kernel):
     def why(self, problem: LinearProblem) -> str:
         return "dequantization fused into the GEMM, any N, K and group size"
 
+    def configuration(self, problem: LinearProblem, m: int) -> str | None:
+        layout = choose_layout(problem.weight_bits, problem.k, problem.group_size)
+        spans = problem.groups > 1 and problem.group_size % layout.slice_k != 0
+        form = Form(problem.weight_bits, layout.block_k, problem.group_size, spans)
+        return in_short(choose_config(m, form, problem.device))
+
     def prepare(
         self,
         problem: LinearProblem,
@@ -83,6 +93,55 @@ class TritonW4A16(W4A16Kernel):
         return api.w4a16_gemm(
             x, weight, bias, bits=problem.weight_bits, group_size=problem.group_size
         )
+
+
+class HopperW4A16(TritonW4A16):
+    """The fused kernel for Hopper; it reads the weights as ``TritonW4A16`` packs them."""
+
+    name = "gluon_hopper_w4a16"
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        return super().why_not(problem) or why_not_gluon_hopper(problem) or _why_not_tma(problem)
+
+    def why(self, problem: LinearProblem) -> str:
+        gathered = ", act-order activations gathered first" if problem.act_order else ""
+        return f"dequantization between the copy engine and wgmma, one kernel{gathered}"
+
+    def prepare(
+        self,
+        problem: LinearProblem,
+        words: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        g_idx: torch.Tensor | None,
+    ) -> W4A16Weight:
+        if words.device.type == "cuda":
+            reserve_counters(words.device)
+        return super().prepare(problem, words, scale, zero, g_idx)
+
+    def configuration(self, problem: LinearProblem, m: int) -> str | None:
+        from pymllm_kernels.w4a16.hopper_launch import form_of
+        from pymllm_kernels.w4a16.hopper_tuning import choose_config
+
+        block_k = choose_layout(4, problem.k, problem.group_size).block_k
+        form = form_of(
+            block_k, problem.group_size, problem.act_dtype, problem.scale_dtype, problem.symmetric
+        )
+        device = problem.device
+        return in_short(
+            choose_config(
+                m, problem.n, problem.k, form, device.multiprocessors, device.shared_memory
+            )
+        )
+
+    def apply(
+        self,
+        problem: LinearProblem,
+        x: torch.Tensor,
+        weight: W4A16Weight,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return api.w4a16_gemm_hopper(x, weight, bias, group_size=problem.group_size)
 
 
 class CpuInt4Pack(W4A16Kernel):
@@ -184,4 +243,28 @@ def _wrong_scheme(problem: LinearProblem) -> str | None:
     return None if problem.scheme == SCHEME else f"runs {SCHEME}, found {problem.scheme}"
 
 
-PROVIDERS: tuple[W4A16Kernel, ...] = (TritonW4A16(), CpuInt4Pack(), TorchW4A16())
+def _why_not_tma(problem: LinearProblem) -> str | None:
+    """Why the layer's tensors are not what the copy engine and the kernel's loop take."""
+    if problem.weight_bits != 4:
+        return f"takes weights of 4 bits, found {problem.weight_bits}"
+    if problem.scale_dtype not in api.ACT_DTYPES:
+        return f"takes scales in bf16 or fp16, found {problem.scale_dtype}"
+    if problem.n % 16:
+        return f"copies rows of scales in 16 bytes: takes N a multiple of 16, found {problem.n}"
+    if problem.k % 8:
+        return f"copies activations in 16 bytes: takes K a multiple of 8, found {problem.k}"
+    group, block_k = problem.group_size, choose_layout(4, problem.k, problem.group_size).block_k
+    if group != -1 and group % block_k and group not in (block_k // 2, block_k // 4):
+        return (
+            f"takes group sizes {block_k // 4}, {block_k // 2} and multiples of {block_k} "
+            f"at K = {problem.k}, found {group}"
+        )
+    return None
+
+
+PROVIDERS: tuple[W4A16Kernel, ...] = (
+    HopperW4A16(),
+    TritonW4A16(),
+    CpuInt4Pack(),
+    TorchW4A16(),
+)

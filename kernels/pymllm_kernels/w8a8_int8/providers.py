@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from pymllm_kernels.common.support import why_not_triton
+from pymllm_kernels.common.launch import in_short
+from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
 from pymllm_kernels.per_token_quant_int8 import api as quant_api
 from pymllm_kernels.per_token_quant_int8 import reference as quant_reference
 from pymllm_kernels.problem import LinearKernel, LinearProblem
 from pymllm_kernels.w8a8_int8 import api, reference
+from pymllm_kernels.w8a8_int8.hopper_tuning import choose_config as choose_hopper_config
 from pymllm_kernels.w8a8_int8.layout import column_sum
+from pymllm_kernels.w8a8_int8.tuning import choose_config
 
 SCHEME = "w8a8_int8"
 
@@ -73,6 +76,58 @@ class W8A8Kernel(LinearKernel):
         raise NotImplementedError
 
 
+class HopperW8A8(W8A8Kernel):
+    """Triton quantization of the activation, then the int8 GEMM for Hopper."""
+
+    name = "gluon_hopper_w8a8_int8"
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        return (
+            _unfit(problem)
+            or why_not_triton(problem)
+            or why_not_gluon_hopper(problem)
+            or _why_not_tma(problem)
+        )
+
+    def why(self, problem: LinearProblem) -> str:
+        return "int8 wgmma fed by the copy engine, weights read while few tokens are quantized"
+
+    def configuration(self, problem: LinearProblem, m: int) -> str | None:
+        device = problem.device
+        return in_short(
+            choose_hopper_config(
+                m, problem.n, problem.k, device.multiprocessors, device.shared_memory
+            )
+        )
+
+    def prepare(
+        self,
+        problem: LinearProblem,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        input_scale: torch.Tensor | None = None,
+        input_zero: torch.Tensor | None = None,
+    ) -> W8A8Weight:
+        weight = weight.contiguous()
+        if weight.data_ptr() % 16:
+            # A view into a file's bytes: the copy engine reads from multiples of 16.
+            weight = weight.clone()
+        return super().prepare(problem, weight, scale, input_scale, input_zero)
+
+    def apply(
+        self,
+        problem: LinearProblem,
+        x: torch.Tensor,
+        weight: W8A8Weight,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.pymllm_kernels.w8a8_int8_linear(
+            x, weight.weight, weight.scale, weight.column_sum, weight.input_scale,
+            weight.input_zero, bias, problem.input_symmetric,
+        )  # fmt: skip
+        return out
+
+
 class TritonW8A8(W8A8Kernel):
     """Triton quantization of the activation, then the Triton int8 GEMM."""
 
@@ -83,6 +138,9 @@ class TritonW8A8(W8A8Kernel):
 
     def why(self, problem: LinearProblem) -> str:
         return "int8 tensor cores, scales, zero points and bias in the epilogue"
+
+    def configuration(self, problem: LinearProblem, m: int) -> str | None:
+        return in_short(choose_config(m, problem.k, problem.device))
 
     def apply(
         self,
@@ -192,4 +250,15 @@ def _unfit(problem: LinearProblem) -> str | None:
     return None
 
 
-PROVIDERS: tuple[W8A8Kernel, ...] = (TritonW8A8(), TorchIntMm(), TorchW8A8())
+def _why_not_tma(problem: LinearProblem) -> str | None:
+    """Why the layer's tensors are not what the copy engine takes: rows of a multiple of 16 bytes."""
+    if problem.act_dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bf16 or fp16 activations, found {problem.act_dtype}"
+    if problem.k % 16:
+        return f"copies codes in 16 bytes: takes K a multiple of 16, found {problem.k}"
+    if problem.n % 8:
+        return f"copies outputs in 16 bytes: takes N a multiple of 8, found {problem.n}"
+    return None
+
+
+PROVIDERS: tuple[W8A8Kernel, ...] = (HopperW8A8(), TritonW8A8(), TorchIntMm(), TorchW8A8())

@@ -154,9 +154,9 @@ def test_explain_groups_layers_and_gives_every_reason(
     cells = [line.split("  ") for line in lines]
     assert ["model.layers.{0..2}.mlp.down_proj x3", "W4A16 g128 sym"] in [c[:2] for c in cells]
     assert any(c[0] == "model.layers.{0,2,10}.q_proj x3" for c in cells)
-    assert "  triton_w8a8_int8: int8 tensor cores, scales, zero points and bias in the epilogue" \
-        in lines  # fmt: skip
-    assert "    not torch_int_mm: triton_w8a8_int8 comes before it" in lines
+    reason = "int8 wgmma fed by the copy engine, weights read while few tokens are quantized"
+    assert f"  gluon_hopper_w8a8_int8: {reason}" in lines
+    assert "    not torch_int_mm: gluon_hopper_w8a8_int8 comes before it" in lines
     assert lines[-1] == "Not quantized, 2 weight matrices: lm_head, model.embed_tokens"
 
 
@@ -173,7 +173,7 @@ def test_explain_lists_each_layer_on_demand(
 @pytest.mark.parametrize(
     ("capability", "w4a16", "w8a8", "note"),
     [
-        ("9.0", "triton_w4a16", "triton_w8a8_int8", None),
+        ("9.0", "gluon_hopper_w4a16", "gluon_hopper_w8a8_int8", None),
         ("8.6", "triton_w4a16", "triton_w8a8_int8", None),
         ("7.5", "torch_w4a16", "torch_int_mm", None),
         ("7.0", "torch_w4a16", "torch_w8a8_int8", None),
@@ -191,7 +191,7 @@ def test_explain_plans_for_devices_that_are_not_here(
         ("W4A16", w4a16), ("W8A8", w8a8),
     }  # fmt: skip
     for layer in answer["layers"]:
-        assert len(layer["refusals"]) == 2 and all(r["reason"] for r in layer["refusals"])
+        assert len(layer["refusals"]) >= 2 and all(r["reason"] for r in layer["refusals"])
         assert layer["note"] is None if note is None else layer["note"].startswith(note)
     assert answer["unquantized"] == ["lm_head", "model.embed_tokens"]
 

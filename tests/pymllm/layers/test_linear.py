@@ -249,7 +249,7 @@ def test_moving_where_the_kernel_does_not_run(library, blocks, monkeypatch):
     monkeypatch.setattr("pymllm.quantization.schemes.wna16.device_facts", lambda device: gpu)
     device = torch.device("cuda")
     layer, _ = quantized(library, blocks, "asym")
-    for kind, kernel in (("asym", "triton_w4a16"), ("w8a8", "triton_w8a8_int8")):
+    for kind, kernel in (("asym", "gluon_hopper_w4a16"), ("w8a8", "gluon_hopper_w8a8_int8")):
         layer, _ = quantized(library, blocks, kind)
         choice = layer.quant_method.scheme.choice_after_move(layer, device)
         assert choice.kernel.name == kernel

@@ -1,0 +1,44 @@
+"""Gluon's names for Hopper under one spelling, and the pieces its warp-specialized kernels share.
+
+Gluon is experimental and part of the triton package: Triton 3.9 renamed the bulk copies of 3.6.
+Kernels written with it are for compute capability 9.0; import this module only to launch or compile
+one of them.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+__all__ = ["next_slot", "split_columns", "sync_threads", "tma_load", "tma_store"]
+
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+# Of the warps that run the same partition of a warp-specialized kernel.
+sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def next_slot(slot, phase, SLOTS: gl.constexpr):
+    """The slot after ``slot`` of a ring, and its parity, which turns over with every round."""
+    slot += 1
+    phase = gl.where(slot == SLOTS, phase ^ 1, phase)
+    slot = gl.where(slot == SLOTS, 0, slot)
+    return slot, phase
+
+
+@gluon.jit
+def split_columns(tile, PARTS: gl.constexpr):
+    """A ``[R, C]`` register tile as ``PARTS`` (a power of two) tiles ``[R, C / PARTS]``, in order.
+
+    Splitting in registers moves no data, so that a store buffer may be smaller than the tile.
+    """
+    tiles = (tile,)
+    for _ in gl.static_range(PARTS.bit_length() - 1):
+        halves = ()
+        for i in gl.static_range(len(tiles)):
+            one = tiles[i]
+            halves += one.reshape(one.shape[0], 2, one.shape[1] // 2).permute(0, 2, 1).split()
+        tiles = halves
+    return tiles

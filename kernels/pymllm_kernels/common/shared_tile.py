@@ -1,0 +1,59 @@
+"""How programs add up a tile that they share, as Gluon functions.
+
+Every sharer writes its partial sums to the workspace and counts itself. Then either the last to come
+adds them up alone, or all wait for each other (``meet``) and add up a piece each: a tile of 64 tokens
+and more takes one program longer than the wait. Both add in the order of the programs, so the result
+depends neither on who was last nor on which way was taken.
+
+Waiting needs every program of the grid on the GPU at once, which a cooperative launch guarantees.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from pymllm_kernels.common.gluon_hopper import sync_threads
+from pymllm_kernels.common.stream_k import part_of
+
+
+@gluon.jit
+def leave_part(
+    acc, part_ptr, count_ptr, first, last,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_M: gl.constexpr, MMA: gl.constexpr, MEET: gl.constexpr,
+):  # fmt: skip
+    """Writes this program's partial sums; without MEET, True for the last to do so."""
+    program = gl.program_id(0)
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+    tokens = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
+    at = gl.expand_dims(rows, 1) + gl.expand_dims(tokens * ROWS, 0)
+    part = part_of(program, first, CONSUMER, CONSUMERS) * (ROWS * BLOCK_M)
+    gl.store(part_ptr + part + at, acc)
+    sync_threads()
+    counter = count_ptr + first * CONSUMERS + CONSUMER
+    if MEET:
+        gl.atomic_add(counter, 1, sem="release")
+        is_last = False
+    else:
+        is_last = gl.atomic_add(counter, 1, sem="acq_rel") == last - first
+        if is_last:
+            gl.store(counter, 0)
+    return is_last
+
+
+@gluon.jit
+def meet(count_ptr, first, last, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Waits until all sharers of a tile have left their parts."""
+    counter = count_ptr + first * CONSUMERS + CONSUMER
+    arrived = gl.atomic_add(counter, 0, sem="acquire")
+    while arrived < last - first + 1:
+        arrived = gl.atomic_add(counter, 0, sem="acquire")
+
+
+@gluon.jit
+def take_leave(count_ptr, first, last, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """After ``meet``: the last to have read leaves the counter as it was found."""
+    counter = count_ptr + first * CONSUMERS + CONSUMER
+    if gl.atomic_add(counter, 1, sem="relaxed") == 2 * (last - first) + 1:
+        gl.store(counter, 0)

@@ -1,0 +1,415 @@
+"""The W4A16 kernel for Hopper, written in Gluon.
+
+One warp (the producer) copies weight, activation and scale tiles by TMA into a ring of shared-memory
+slots; the other warpgroups (consumers) each own ``ROWS`` output features of the tile, unpack weights
+from shared memory to registers and multiply them from there (wgmma with a register operand). The
+accumulator is transposed, ``[ROWS, BLOCK_M]``, as in the plain Triton kernel, and both read the same
+weight layout. ``common.stream_k`` says which program does what.
+
+The scale multiplies the fp32 partial sum of its group, or the weights (``SCALE_WEIGHTS``): for 64
+tokens and more, a second accumulator and a multiply-add for each of its elements cost more than
+rounding each weight once.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from pymllm_kernels.common.gluon_hopper import (
+    next_slot,
+    split_columns,
+    sync_threads,
+    tma_load,
+    tma_store,
+)
+from pymllm_kernels.common.shared_tile import leave_part, meet, take_leave
+from pymllm_kernels.common.stream_k import count_segments, segment, sharers
+from pymllm_kernels.common.triton_helpers import grouped_tile
+from pymllm_kernels.w4a16.hopper_shared_tile import finish_tile
+from pymllm_kernels.w4a16.kernel import _OR_MAGIC_BF16, _OR_MAGIC_FP16
+
+
+@gluon.jit
+def _producer(
+    sources, shared, N, groups, tiles_m, tiles_n, whole, steps,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SLICE_K: gl.constexpr,
+    GROUP_SIZE: gl.constexpr, RUNS: gl.constexpr, BYTES: gl.constexpr,
+    SLOTS: gl.constexpr, SPAN: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    BLOCK_K: gl.constexpr = 4 * SLICE_K
+    x_desc, weight_desc, scale_desc, zero_desc = sources
+    x_smem, weight_smem, scale_smem, zero_smem, full, empty, _ = shared
+    slot = 0
+    phase = 1
+    own, segments = count_segments(whole, tiles_m * tiles_n, steps)
+    for i in range(segments):
+        tile, first, last = segment(i, own, whole, tiles_m * tiles_n, steps)
+        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+        for step in range(first, last):
+            mbarrier.wait(empty.index(slot), phase)
+            ready = full.index(slot)
+            mbarrier.expect(ready, BYTES)
+            for s in gl.static_range(SPAN):
+                # TMA fills with zeros what a box takes from beyond N, M or K.
+                block = step * SPAN + s
+                place = slot * SPAN + s
+                row = block * N + tile_n * BLOCK_N
+                tma_load(weight_desc, [row, 0], ready, weight_smem.index(place))
+                for j in gl.static_range(2):
+                    # Two slices a box: rows of 64 bytes load up to a third slower than of 128.
+                    at = [tile_m * BLOCK_M, block * BLOCK_K + j * 2 * SLICE_K]
+                    tma_load(x_desc, at, ready, x_smem.index(place * 2 + j))
+                for r in gl.static_range(RUNS):
+                    # K may end inside the last block: its groups stop at the last one.
+                    k = block * BLOCK_K + r * (BLOCK_K // RUNS)
+                    at_n = gl.minimum(k // GROUP_SIZE, groups - 1) * N + tile_n * BLOCK_N
+                    tma_load(scale_desc, [at_n], ready, scale_smem.index(place * RUNS + r))
+                    if zero_desc is not None:
+                        tma_load(zero_desc, [at_n], ready, zero_smem.index(place * RUNS + r))
+            slot, phase = next_slot(slot, phase, SLOTS)
+
+
+@gluon.jit
+def _or_magic(words, HALF: gl.constexpr):
+    """16-bit words to 4 slices of ``128 + code`` (bf16) or ``1024 + code`` (fp16), exact."""
+    if HALF == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            _OR_MAGIC_BF16, "=r,=r,=r,=r,r", [words],
+            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            _OR_MAGIC_FP16, "=r,=r,=r,=r,r", [words],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _weights(
+    shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    MMA: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """The 4 slices of this consumer's rows in registers: integers, or scaled and rounded."""
+    x_smem, weight_smem, scale_smem, zero_smem, _, _, _ = shared
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, A)
+    HALF: gl.constexpr = x_smem.dtype
+    OFFSET: gl.constexpr = 128.0 if HALF == gl.bfloat16 else 1024.0
+    codes = _or_magic(weight_smem.index(place).slice(CONSUMER * ROWS, ROWS).load(A), HALF)
+    weights = ()
+    for j in gl.static_range(4):
+        run = place * RUNS + j * RUNS // 4
+        if zero_smem is None:
+            w = codes[j] - (OFFSET + 8.0)
+        else:
+            zero = zero_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(OF_ROWS)
+            w = codes[j] - gl.expand_dims((zero.to(gl.float32) + OFFSET).to(HALF), 1)
+        if SCALE_WEIGHTS:
+            scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(OF_ROWS)
+            w = w * gl.expand_dims(scale.to(HALF), 1)
+        weights += (w,)
+    return weights
+
+
+@gluon.jit
+def _scale(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr):
+    _, _, scale_smem, _, _, _, _ = shared
+    scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, MMA))
+    return gl.expand_dims(scale.to(gl.float32), 1)
+
+
+@gluon.jit
+def _x(shared, place, J: gl.constexpr):
+    """Slice J of a block of activations, ``[SLICE_K, BLOCK_M]``."""
+    x_smem, _, _, _, _, _, _ = shared
+    SLICE_K: gl.constexpr = x_smem.shape[2] // 2
+    return x_smem.index(place * 2 + J // 2).slice(J % 2 * SLICE_K, SLICE_K, 1).permute((1, 0))
+
+
+@gluon.jit
+def _add_scaled_weights(
+    acc, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    MMA: gl.constexpr,
+):  # fmt: skip
+    """``acc`` plus one block of K, with weights scaled and rounded to 16 bits."""
+    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, True)
+    acc = warpgroup_mma(a, _x(shared, place, 0), acc, is_async=True)
+    acc = warpgroup_mma(b, _x(shared, place, 1), acc, is_async=True)
+    acc = warpgroup_mma(c, _x(shared, place, 2), acc, is_async=True)
+    acc = warpgroup_mma(d, _x(shared, place, 3), acc, is_async=True)
+    # The wait names the weights: their registers must stay as they are while wgmma reads them.
+    acc, a, b, c, d = warpgroup_mma_wait(0, deps=[acc, a, b, c, d])
+    return acc
+
+
+@gluon.jit
+def _add_block(
+    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    MMA: gl.constexpr,
+):  # fmt: skip
+    """``acc`` plus one block of K, each group's partial sum times its scale."""
+    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, False)
+    s0 = _scale(shared, place * RUNS, CONSUMER, ROWS, MMA)
+    p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
+    if RUNS == 1:
+        p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
+        p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
+        p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
+        p, a, b, c, d = warpgroup_mma_wait(0, deps=[p, a, b, c, d])
+        acc += p * s0
+    elif RUNS == 2:
+        s1 = _scale(shared, place * 2 + 1, CONSUMER, ROWS, MMA)
+        p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
+        q = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
+        q = warpgroup_mma(d, _x(shared, place, 3), q, is_async=True)
+        p, q, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d])
+        acc += p * s0
+        acc += q * s1
+    else:
+        s1 = _scale(shared, place * 4 + 1, CONSUMER, ROWS, MMA)
+        s2 = _scale(shared, place * 4 + 2, CONSUMER, ROWS, MMA)
+        s3 = _scale(shared, place * 4 + 3, CONSUMER, ROWS, MMA)
+        q = warpgroup_mma(b, _x(shared, place, 1), zeros, use_acc=False, is_async=True)
+        r = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
+        t = warpgroup_mma(d, _x(shared, place, 3), zeros, use_acc=False, is_async=True)
+        p, q, r, t, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, r, t, a, b, c, d])
+        acc += p * s0
+        acc += q * s1
+        acc += r * s2
+        acc += t * s3
+    return acc
+
+
+@gluon.jit
+def _add_two_blocks(
+    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr
+):
+    """``acc`` plus two blocks of K, one group each: the second is unpacked while the first runs."""
+    s0 = _scale(shared, place, CONSUMER, ROWS, MMA)
+    s1 = _scale(shared, place + 1, CONSUMER, ROWS, MMA)
+    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, 1, MMA, False)
+    p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
+    p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
+    p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
+    p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
+    e, f, g, h = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, False)
+    q = warpgroup_mma(e, _x(shared, place + 1, 0), zeros, use_acc=False, is_async=True)
+    q = warpgroup_mma(f, _x(shared, place + 1, 1), q, is_async=True)
+    q = warpgroup_mma(g, _x(shared, place + 1, 2), q, is_async=True)
+    q = warpgroup_mma(h, _x(shared, place + 1, 3), q, is_async=True)
+    p, q, a, b, c, d, e, f, g, h = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d, e, f, g, h])
+    acc += p * s0
+    acc += q * s1
+    return acc
+
+
+@gluon.jit
+def _store_tile(
+    acc, out_desc, out_smem, problem, tile_m, tile_n,
+    CONSUMER: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    MMA: gl.constexpr, OUT_PARTS: gl.constexpr,
+):  # fmt: skip
+    out_ptr, bias_ptr, stride_om, M, N = problem
+    row0 = tile_n * BLOCK_N + CONSUMER * ROWS
+    rows = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + rows, mask=rows < N, other=0.0)
+        acc += gl.expand_dims(bias.to(gl.float32), 1)
+    out = acc.to(out_ptr.dtype.element_ty)
+    if OUT_PARTS == 0:
+        tokens = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
+        at = gl.expand_dims(rows, 1) + gl.expand_dims(tokens.to(gl.int64) * stride_om, 0)
+        mask = gl.expand_dims(rows < N, 1) & gl.expand_dims(tokens < M, 0)
+        gl.store(out_ptr + at, out, mask=mask)
+    else:
+        parts = split_columns(out, OUT_PARTS)
+        for i in gl.static_range(OUT_PARTS):
+            # Two buffers: the copy out of one runs while the next is written.
+            tma.store_wait(1)
+            buffer = out_smem.index(CONSUMER * 2 + i % 2)
+            sync_threads()
+            buffer.store(parts[i].permute((1, 0)))
+            fence_async_shared()
+            sync_threads()
+            at = [tile_m * BLOCK_M + i * (BLOCK_M // OUT_PARTS), row0]
+            tma_store(out_desc, at, buffer)
+
+
+@gluon.jit
+def _consumer(
+    shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr,
+    RUNS: gl.constexpr, SCALE_WEIGHTS: gl.constexpr, SLOTS: gl.constexpr, SPAN: gl.constexpr,
+    GROUP_M: gl.constexpr, OUT_PARTS: gl.constexpr, SHARE: gl.constexpr, MEET: gl.constexpr,
+):  # fmt: skip
+    _, _, _, _, full, empty, out_smem = shared
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
+    )
+    tiles = tiles_m * tiles_n
+    slot = 0
+    phase = 0
+    own, segments = count_segments(whole, tiles, steps)
+    zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, MMA)
+    for i in range(segments):
+        tile, first, last = segment(i, own, whole, tiles, steps)
+        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+        acc = zeros
+        for _step in range(first, last):
+            mbarrier.wait(full.index(slot), phase)
+            if SCALE_WEIGHTS:
+                acc = _add_scaled_weights(acc, shared, slot, CONSUMER, ROWS, RUNS, MMA)
+            elif SPAN == 2:
+                acc = _add_two_blocks(acc, zeros, shared, slot * 2, CONSUMER, ROWS, MMA)
+            else:
+                acc = _add_block(acc, zeros, shared, slot, CONSUMER, ROWS, RUNS, MMA)
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot, phase = next_slot(slot, phase, SLOTS)
+        if SHARE and last - first < steps:
+            sharer, last_sharer = sharers(tile, whole, tiles, steps)
+            is_last = leave_part(
+                acc, part_ptr, count_ptr, sharer, last_sharer,
+                CONSUMER, CONSUMERS, ROWS, BLOCK_M, MMA, MEET,
+            )  # fmt: skip
+            if not MEET:  # noqa: SIM102 (MEET is known when compiling)
+                if is_last:
+                    finish_tile(
+                        problem, part_ptr, sharer, last_sharer, 0, 1, tile_m, tile_n,
+                        CONSUMER, CONSUMERS, ROWS, BLOCK_M,
+                    )  # fmt: skip
+        else:
+            _store_tile(
+                acc, out_desc, out_smem, problem, tile_m, tile_n,
+                CONSUMER, ROWS, BLOCK_M, CONSUMERS * ROWS, MMA, OUT_PARTS,
+            )  # fmt: skip
+    if SHARE and MEET:
+        for i in range(own, segments):
+            tile, first, last = segment(i, own, whole, tiles, steps)
+            if last - first < steps:
+                sharer, last_sharer = sharers(tile, whole, tiles, steps)
+                tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+                meet(count_ptr, sharer, last_sharer, CONSUMER, CONSUMERS)
+                finish_tile(
+                    problem, part_ptr, sharer, last_sharer,
+                    gl.program_id(0) - sharer, last_sharer - sharer + 1, tile_m, tile_n,
+                    CONSUMER, CONSUMERS, ROWS, BLOCK_M,
+                )  # fmt: skip
+                take_leave(count_ptr, sharer, last_sharer, CONSUMER, CONSUMERS)
+    if OUT_PARTS > 0:
+        tma.store_wait(0)
+
+
+# Compiled once for all numbers of tokens and all shapes whose rows are aligned alike.
+@gluon.jit(do_not_specialize=["M", "N", "groups", "tiles_m", "tiles_n", "whole", "steps"])
+def w4a16_gemm_hopper(
+    x_desc,  # [M, K], boxes [BLOCK_M, 2 * SLICE_K]
+    weight_desc,  # int16 [blocks * N, SLICE_K], boxes [BLOCK_N, SLICE_K]
+    scale_desc,  # [groups * N], boxes [BLOCK_N]
+    zero_desc,  # int8 [groups * N] or None
+    out_desc,  # [M, N], boxes [BLOCK_M / OUT_PARTS, ROWS], or None
+    out_ptr,  # [M, N]
+    bias_ptr,  # [N] or None
+    part_ptr,  # fp32 [programs * 2 * CONSUMERS * ROWS * BLOCK_M] or None
+    count_ptr,  # int32 [programs * CONSUMERS], zero before and after, or None
+    M, N, groups, tiles_m, tiles_n, whole, steps, stride_om,
+    GROUP_SIZE: gl.constexpr,
+    SLICE_K: gl.constexpr,
+    RUNS: gl.constexpr,  # groups of a block: 1, 2 or 4
+    HALF: gl.constexpr,
+    SCALE_WEIGHTS: gl.constexpr,
+    BLOCK_M: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr,
+    SLOTS: gl.constexpr,
+    SPAN: gl.constexpr,  # blocks of K a slot and step
+    GROUP_M: gl.constexpr,
+    OUT_PARTS: gl.constexpr,  # pieces a tile is stored in by TMA, 0 for plain stores
+    SHARE: gl.constexpr,  # whether tiles may be shared
+    MEET: gl.constexpr,  # whether sharers wait for each other, which needs a cooperative launch
+    REGISTERS: gl.constexpr,  # of a consumer's thread
+):  # fmt: skip
+    BLOCK_N: gl.constexpr = CONSUMERS * ROWS
+    x_smem = gl.allocate_shared_memory(
+        HALF, [SLOTS * SPAN * 2, BLOCK_M, 2 * SLICE_K], x_desc.layout
+    )
+    weight_smem = gl.allocate_shared_memory(
+        weight_desc.dtype, [SLOTS * SPAN, BLOCK_N, SLICE_K], weight_desc.layout
+    )
+    scale_smem = gl.allocate_shared_memory(
+        scale_desc.dtype, [SLOTS * SPAN * RUNS, BLOCK_N], scale_desc.layout
+    )
+    SCALE_BYTES: gl.constexpr = scale_desc.dtype.primitive_bitwidth // 8
+    if zero_desc is not None:
+        zero_smem = gl.allocate_shared_memory(
+            gl.int8, [SLOTS * SPAN * RUNS, BLOCK_N], zero_desc.layout
+        )
+        ROW_BYTES: gl.constexpr = 2 * SLICE_K + RUNS * (SCALE_BYTES + 1)
+    else:
+        zero_smem: gl.constexpr = None
+        ROW_BYTES: gl.constexpr = 2 * SLICE_K + RUNS * SCALE_BYTES
+    if OUT_PARTS > 0:
+        out_smem = gl.allocate_shared_memory(
+            HALF, [CONSUMERS * 2, BLOCK_M // OUT_PARTS, ROWS], out_desc.layout
+        )
+    else:
+        out_smem: gl.constexpr = None
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    BYTES: gl.constexpr = SPAN * (BLOCK_N * ROW_BYTES + 8 * BLOCK_M * SLICE_K)
+    sources = (x_desc, weight_desc, scale_desc, zero_desc)
+    shared = (x_smem, weight_smem, scale_smem, zero_smem, full, empty, out_smem)
+    problem = (out_ptr, bias_ptr, stride_om, M, N)
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_consumer, (
+                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
+                0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
+                SHARE, MEET,
+            )),
+            (_consumer, (
+                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
+                1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
+                SHARE, MEET,
+            )),
+            (_producer, (
+                sources, shared, N, groups, tiles_m, tiles_n, whole, steps,
+                BLOCK_M, BLOCK_N, SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M,
+            )),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consumer, (
+                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
+                0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
+                SHARE, MEET,
+            )),
+            (_consumer, (
+                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
+                1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
+                SHARE, MEET,
+            )),
+            (_consumer, (
+                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
+                2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
+                SHARE, MEET,
+            )),
+            (_consumer, (
+                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
+                3, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
+                SHARE, MEET,
+            )),
+            (_producer, (
+                sources, shared, N, groups, tiles_m, tiles_n, whole, steps,
+                BLOCK_M, BLOCK_N, SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M,
+            )),
+        ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

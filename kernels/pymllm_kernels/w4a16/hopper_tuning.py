@@ -1,0 +1,265 @@
+"""Launch parameters of the W4A16 kernel for Hopper: what is valid, and the choice by a cost model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+STREAM_K = 0
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """One compiled form of the kernel, and how tiles are shared.
+
+    Attributes:
+        block_m: tokens of a tile.
+        consumers: warpgroups of 64 output features each, 2 or 4.
+        slots: places in the ring of shared memory.
+        span: blocks of K a slot, 1 or 2.
+        scale_weights: whether the scale is on the weights, rounded to 16 bits, or on partial sums.
+        meet: whether the programs that share a tile wait for each other and add up a piece each
+            (a cooperative launch), or the last to come adds up alone.
+        out_parts: pieces a tile is stored in by TMA; 0 for plain stores.
+        group_m: tiles of M that share a column of N tiles.
+        share: programs that share each tile, 1 for none, ``STREAM_K`` for even runs of K blocks
+            that may begin and end inside a tile.
+    """
+
+    block_m: int
+    consumers: int
+    slots: int
+    span: int = 1
+    scale_weights: bool = False
+    meet: bool = False
+    out_parts: int = 0
+    group_m: int = 8
+    share: int = 1
+
+    rows = 64
+
+    @property
+    def block_n(self) -> int:
+        """Output features of a tile."""
+        return self.consumers * self.rows
+
+
+@dataclass(frozen=True)
+class HopperForm:
+    """What of a layer the compiled kernel depends on.
+
+    Attributes:
+        block_k: block of the weight layout, 64 or 128.
+        runs: groups a block: 1, 2 or 4.
+        parameter_bytes: bytes of the scale, and of the zero point if there is one, of a row.
+        same_dtype: whether scales have the activations' dtype. Others are not rounded to it, so
+            only partial sums can take them.
+    """
+
+    block_k: int = 128
+    runs: int = 1
+    parameter_bytes: int = 2
+    same_dtype: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The grid of a launch: see ``common.stream_k``."""
+
+    programs: int
+    whole: int
+    tiles_m: int
+    tiles_n: int
+    steps: int
+
+    def part_elements(self, config: HopperConfig) -> int:
+        """fp32 elements of workspace: two parts of a tile a program."""
+        if config.share == 1:
+            return 0
+        return self.programs * 2 * config.block_n * config.block_m
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Microseconds on an H200, fitted over 8 layers: start + block * (blocks of 128 inputs in a row).
+
+    For whole tiles, tiles shared evenly, and stream-K. ``block`` is of one tile.
+    """
+
+    whole: tuple[float, float]
+    even: tuple[float, float]
+    stream: tuple[float, float]
+
+
+# bench/results/nvidia_h200/w4a16_search.json; the fit is within 11 % of each of its times.
+_MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
+    (
+        HopperConfig(block_m=8, consumers=2, slots=6, span=2),
+        _Cost((3.2, 0.292), (5.4, 0.314), (6.6, 0.345)),
+    ),
+    (
+        HopperConfig(block_m=8, consumers=4, slots=4, span=2),
+        _Cost((5.0, 0.445), (8.0, 0.538), (8.5, 0.630)),
+    ),
+    (
+        HopperConfig(block_m=16, consumers=2, slots=4, span=2),
+        _Cost((3.4, 0.310), (5.8, 0.324), (6.7, 0.350)),
+    ),
+    (
+        HopperConfig(block_m=16, consumers=4, slots=4, span=2),
+        _Cost((5.6, 0.486), (8.9, 0.548), (9.5, 0.660)),
+    ),
+    (
+        HopperConfig(block_m=32, consumers=2, slots=4, span=2),
+        _Cost((3.3, 0.367), (6.4, 0.372), (7.4, 0.405)),
+    ),
+    (
+        HopperConfig(block_m=32, consumers=4, slots=8),
+        _Cost((6.0, 0.595), (9.8, 0.665), (11.4, 0.810)),
+    ),
+    (
+        HopperConfig(block_m=64, consumers=2, slots=4, span=2, meet=True),
+        _Cost((4.0, 0.486), (8.3, 0.450), (8.8, 0.545)),
+    ),
+    (
+        HopperConfig(block_m=64, consumers=2, slots=8, scale_weights=True, meet=True),
+        _Cost((3.9, 0.514), (7.3, 0.489), (8.3, 0.600)),
+    ),
+    (
+        HopperConfig(block_m=64, consumers=4, slots=6, meet=True),
+        _Cost((5.5, 0.830), (10.4, 0.806), (11.5, 0.950)),
+    ),
+    (
+        HopperConfig(block_m=128, consumers=2, slots=4, scale_weights=True, meet=True, out_parts=2),
+        _Cost((3.3, 0.670), (9.8, 0.625), (11.8, 0.740)),
+    ),
+    (
+        HopperConfig(
+            block_m=256,
+            consumers=2,
+            slots=3,
+            scale_weights=True,
+            meet=True,
+            out_parts=16,
+            group_m=4,
+        ),
+        _Cost((3.0, 1.380), (13.0, 1.214), (14.6, 1.520)),
+    ),
+)
+
+
+def shared_memory_bytes(config: HopperConfig, form: HopperForm) -> int:
+    """Shared memory of the ring, its barriers and the store buffers."""
+    block = (
+        config.block_n * (form.block_k // 2 + form.runs * form.parameter_bytes)
+        + config.block_m * form.block_k * 2
+    )
+    out = 2 * config.block_n * config.block_m * 2 // config.out_parts if config.out_parts else 0
+    return config.slots * (config.span * block + 16) + out + 1024
+
+
+def why_invalid(config: HopperConfig, form: HopperForm, shared_memory: int) -> str | None:
+    """``None`` if a layer of this form can be run with this configuration, else the reason."""
+    if config.span == 2 and form.runs > 1:
+        return f"{config} takes one group a block, found {form.runs}"
+    if config.scale_weights and not form.same_dtype:
+        return f"{config} takes scales in the activations' dtype"
+    needed = shared_memory_bytes(config, form)
+    if needed > shared_memory:
+        return f"{config} needs {needed} bytes of shared memory, there are {shared_memory}"
+    return None
+
+
+def plan(
+    config: HopperConfig, m: int, n: int, k: int, form: HopperForm, multiprocessors: int
+) -> Plan | None:
+    """The grid, or ``None`` if tiles cannot be shared in this way."""
+    tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
+    tiles = tiles_m * tiles_n
+    steps = -(-k // (form.block_k * config.span))
+    if config.share == 1:
+        return Plan(min(multiprocessors, tiles), tiles, tiles_m, tiles_n, steps)
+    if config.share != STREAM_K:
+        programs = tiles * config.share
+        if programs > multiprocessors or steps % config.share:
+            return None
+        return Plan(programs, 0, tiles_m, tiles_n, steps)
+    if tiles % multiprocessors == 0:
+        return None
+    # One to two rounds of tiles are dealt out, those before go to programs whole.
+    whole = max(0, tiles // multiprocessors - 1) * multiprocessors
+    programs = min(multiprocessors, (tiles - whole) * steps)
+    return Plan(programs, whole, tiles_m, tiles_n, steps)
+
+
+def candidates(
+    m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
+) -> Iterator[tuple[float, HopperConfig]]:
+    """Every valid configuration for a shape, with its estimated microseconds."""
+    for measured, cost in _MEASURED:
+        base = _fit_ring(measured, form, shared_memory)
+        if base is None:
+            continue
+        tiles = -(-m // base.block_m) * -(-n // base.block_n)
+        blocks = -(-k // 128)
+        most = multiprocessors // tiles
+        for share in (1, STREAM_K, *range(2, min(most, 8) + 1)):
+            config = replace(base, share=share)
+            grid = plan(config, m, n, k, form, multiprocessors)
+            if grid is None:
+                continue
+            if share == 1:
+                start, block = cost.whole
+                rounds: float = -(-tiles // multiprocessors)
+            elif share == STREAM_K:
+                start, block = cost.stream
+                rounds = tiles / grid.programs
+            else:
+                start, block = cost.even
+                rounds = 1 / share
+            yield start + block * rounds * blocks * _rereading(base, grid.tiles_m), config
+
+
+def _rereading(config: HopperConfig, tiles_m: int) -> float:
+    """What unpacking and reading the weights again for further tiles of M costs.
+
+    Measured with 128 tokens a tile: 0.67 to 0.70 microseconds a block up to 2 tiles of M, 0.72 at 4,
+    0.86 at 8. The time of 256 tokens a tile was measured with many.
+    """
+    if config.block_m == 256 or tiles_m <= 2:
+        return 1.0
+    return 1.08 if tiles_m <= 4 else 1.25
+
+
+def _fit_ring(config: HopperConfig, form: HopperForm, shared_memory: int) -> HopperConfig | None:
+    """The measured configuration as this form can run it: one block a slot, fewer slots."""
+    if form.runs > 1 and config.span == 2:
+        config = replace(config, span=1, slots=2 * config.slots)
+    while why_invalid(config, form, shared_memory):
+        if config.slots == 2 or (config.scale_weights and not form.same_dtype):
+            return None
+        config = replace(config, slots=config.slots - 1)
+    return config
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_config(
+    m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
+) -> HopperConfig:
+    """The configuration with the least estimated time.
+
+    Raises:
+        ValueError: none is valid.
+    """
+    best = min(
+        candidates(m, n, k, form, multiprocessors, shared_memory),
+        key=lambda item: item[0],
+        default=None,
+    )
+    if best is None:
+        raise ValueError(
+            f"no configuration of the W4A16 kernel for Hopper fits {shared_memory} bytes of shared "
+            f"memory"
+        )
+    return best[1]

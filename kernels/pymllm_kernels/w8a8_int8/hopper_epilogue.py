@@ -1,0 +1,98 @@
+"""The epilogue of the Hopper int8 GEMM, and how programs finish a tile that they share."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from pymllm_kernels.common.stream_k import part_of
+
+
+@gluon.jit
+def _along(values, ROWS: gl.constexpr):
+    """A vector as a column of the tile (one value a row), or as a row of it."""
+    if ROWS:
+        return values[:, None]
+    else:
+        return values[None, :]
+
+
+@gluon.jit
+def load_factors(
+    layout: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, token0, feature0, M, N,
+    x_scale_ptr, w_scale_ptr, x_zero_ptr, column_sum_ptr, bias_ptr, stride_xs, stride_ws,
+    SWAP: gl.constexpr,
+):  # fmt: skip
+    """(s_m, s_n, zero_m, colsum_n, bias_n) of a tile, each along its axis; what is absent is 0."""
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    if SWAP:
+        tokens, features = token0 + columns, feature0 + rows
+    else:
+        tokens, features = token0 + rows, feature0 + columns
+    s_m = gl.load(x_scale_ptr + tokens * stride_xs, mask=tokens < M, other=0.0)
+    s_n = gl.load(w_scale_ptr + features * stride_ws, mask=features < N, other=0.0)
+    zero = 0
+    column_sum = 0
+    bias = 0.0
+    if x_zero_ptr is not None:
+        zero = gl.load(x_zero_ptr + tokens * stride_xs, mask=tokens < M, other=0)
+        column_sum = gl.load(column_sum_ptr + features, mask=features < N, other=0)
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + features, mask=features < N, other=0.0)
+    return s_m, s_n, zero, column_sum, bias
+
+
+@gluon.jit
+def epilogue(
+    acc, s_m, s_n, zero, column_sum, bias,
+    ZERO: gl.constexpr, BIAS: gl.constexpr, SWAP: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """``s_m * (s_n * float(acc - zero_m * colsum_n)) + bias_n``, rounded once."""
+    if ZERO:
+        acc -= _along(zero, not SWAP) * _along(column_sum, SWAP)
+    scaled = _along(s_n, SWAP) * acc.to(gl.float32)
+    s_m, scaled = gl.broadcast(_along(s_m, not SWAP), scaled)
+    if BIAS:
+        bias, scaled = gl.broadcast(_along(bias.to(gl.float32), SWAP), scaled)
+        return gl.fma(s_m, scaled, bias).to(DTYPE)
+    else:
+        return (s_m * scaled).to(DTYPE)
+
+
+@gluon.jit
+def finish_tile(
+    part_ptr, first, last, piece0, pieces, token0, feature0, M, N, out_ptr, stride_om,
+    x_scale_ptr, w_scale_ptr, x_zero_ptr, column_sum_ptr, bias_ptr, stride_xs, stride_ws,
+    INDEX: gl.constexpr, HALVES: gl.constexpr, TOKENS: gl.constexpr, FEATURES: gl.constexpr,
+):  # fmt: skip
+    """Adds up, scales and stores pieces ``piece0``, ``piece0 + pieces``, ... of a shared tile."""
+    PIECE: gl.constexpr = min(TOKENS, 1024 // FEATURES)
+    LANES: gl.constexpr = min(32, FEATURES // 4)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [4, 1], [1, 0])
+    tokens = gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout))
+    features = gl.arange(0, FEATURES, layout=gl.SliceLayout(0, layout))
+    used = gl.cdiv(gl.minimum(M - token0, TOKENS), PIECE)
+    for piece in range(piece0, used, pieces):
+        token = token0 + piece * PIECE
+        # They arrive beside the parts.
+        s_m, s_n, zero, column_sum, bias = load_factors(
+            layout, PIECE, FEATURES, token, feature0, M, N, x_scale_ptr, w_scale_ptr, x_zero_ptr,
+            column_sum_ptr, bias_ptr, stride_xs, stride_ws, False,
+        )  # fmt: skip
+        at = (piece * PIECE + tokens)[:, None] * FEATURES + features[None, :]
+        total = gl.zeros((PIECE, FEATURES), gl.int32, layout)
+        # Four loads at a time: one after the other, each costs the latency of the L2.
+        for p in range(first, last + 1, 4):
+            for q in gl.static_range(4):
+                part = part_of(p + q, first, INDEX, HALVES).to(gl.int64) * (TOKENS * FEATURES)
+                there = at < gl.where(p + q <= last, TOKENS * FEATURES, 0)
+                total += gl.load(part_ptr + part + at, mask=there, other=0, cache_modifier=".cg")
+        out = epilogue(
+            total, s_m, s_n, zero, column_sum, bias, x_zero_ptr is not None, bias_ptr is not None,
+            False, out_ptr.dtype.element_ty,
+        )  # fmt: skip
+        m = token + tokens
+        n = feature0 + features
+        to = out_ptr + (m.to(gl.int64) * stride_om)[:, None] + n[None, :]
+        gl.store(to, out, mask=(m < M)[:, None] & (n < N)[None, :])

@@ -1,0 +1,246 @@
+"""Launch parameters of the Hopper int8 GEMM: what is valid, the plan of a launch, the choice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+STREAM_K = 0
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """One compiled form of the kernel, and how tiles are shared.
+
+    Attributes:
+        block_m: tokens of the matrix instructions of a tile.
+        block_n: output features of a tile.
+        block_k: inputs of one step.
+        slots: steps that the ring in shared memory holds.
+        box_m: tokens of a tile that are copied, if fewer than ``block_m`` (0).
+        swap: whether the weight is the 64-row side of the matrix instruction.
+        consumers: warpgroups that multiply, 1 or 2.
+        ping_pong: whether two consumers take turns at tiles rather than share each.
+        store_parts: pieces in which a consumer writes its part of a tile.
+        store_slots: buffers for those pieces.
+        group_m: tiles of M that share a column of N tiles.
+        meet: whether the programs that share a tile wait for each other and add up a piece each
+            (a cooperative launch), or the last to come adds up alone.
+        share: programs that share each tile, 1 for none, ``STREAM_K`` for even runs of K steps
+            that may begin and end inside a tile.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int = 128
+    slots: int = 6
+    box_m: int = 0
+    swap: bool = False
+    consumers: int = 2
+    ping_pong: bool = False
+    store_parts: int = 1
+    store_slots: int = 1
+    group_m: int = 8
+    meet: bool = False
+    share: int = 1
+
+    @property
+    def halves(self) -> int:
+        """Parts of a tile with an accumulator each."""
+        return 1 if self.ping_pong else self.consumers
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a tile."""
+        return self.box_m or self.block_m
+
+    @property
+    def out_block(self) -> tuple[int, int]:
+        """(tokens, features) of one store."""
+        if self.swap:
+            return self.block_m // self.store_parts, self.block_n // self.halves
+        return self.block_m // self.halves, self.block_n // self.store_parts
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread at launch, and of the second consumer; the first takes what is left."""
+        return (128, 0) if self.consumers == 1 else (168, 240)
+
+    def shared_memory(self, out_bytes: int = 2) -> int:
+        """Bytes of shared memory a program takes, within a few hundred."""
+        ring = self.slots * (self.block_m + self.block_n) * self.block_k
+        tokens, features = self.out_block
+        return ring + self.consumers * self.store_slots * tokens * features * out_bytes + 1024
+
+
+class Plan(NamedTuple):
+    """How a launch spreads its work: see ``common.stream_k``.
+
+    Attributes:
+        programs: size of the grid.
+        whole: leading tiles that programs take whole.
+        parts: int32 elements of the workspace.
+        counters: int32 counters, which are to be 0 when the kernel starts.
+        dependent: whether the GEMM is launched as the dependent of the quantization, which saves the
+            gap between two kernels; not together with a cooperative launch.
+        early: whether a dependent GEMM reads weights while the activation is quantized, or is started
+            when the quantization ends.
+    """
+
+    programs: int
+    whole: int
+    parts: int
+    counters: int
+    dependent: bool
+    early: bool
+
+
+# Beyond, waiting programs of the GEMM hold the registers that the quantization needs: 504 us for
+# 4096 tokens of an [8192, 8192] layer where the two apart take 380.
+_EARLY_TOKENS = 256
+# What a launch without overlap costs more, where overlap is possible.
+_NO_OVERLAP_US = 1.2
+_MIN_STEPS = 4
+
+
+def plan_launch(config: HopperConfig, m: int, n: int, k: int, multiprocessors: int) -> Plan | None:
+    """The grid and the workspace of a product, ``None`` if tiles cannot be shared in this way."""
+    tiles = -(-m // config.tokens) * -(-n // config.block_n)
+    steps = -(-k // config.block_k)
+    dependent = m <= _EARLY_TOKENS
+    if config.share == 1:
+        return Plan(min(multiprocessors, tiles), tiles, 0, 0, dependent, dependent)
+    if config.share == STREAM_K:
+        if tiles % multiprocessors == 0:
+            return None
+        # One to two rounds of tiles are dealt out, those before go to programs whole.
+        whole = max(0, tiles // multiprocessors - 1) * multiprocessors
+        programs = min(multiprocessors, max((tiles - whole) * steps // _MIN_STEPS, 1))
+    else:
+        whole, programs = 0, tiles * config.share
+        if programs > multiprocessors or steps % config.share or steps < _MIN_STEPS * config.share:
+            return None
+    dependent = dependent and not config.meet
+    parts = 2 * programs * config.block_m * config.block_n
+    return Plan(programs, whole, parts, programs * config.halves, dependent, dependent)
+
+
+def why_invalid(config: HopperConfig, shared_memory: int) -> str | None:
+    """``None`` if the kernel can be launched with this configuration, else the reason."""
+    if config.share != 1 and (config.ping_pong or not config.swap):
+        return f"{config}: tiles are shared weight-first only, by consumers that share each"
+    needed = config.shared_memory()
+    if shared_memory and needed > shared_memory:
+        return f"{config} needs {needed} bytes of shared memory, there are {shared_memory}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Microseconds on an H200: start + block * (blocks of 128 inputs in a row), a mode each.
+
+    ``block`` is of one tile. A mode without numbers is not used.
+    """
+
+    whole: tuple[float, float] | None = None
+    even: tuple[float, float] | None = None
+    stream: tuple[float, float] | None = None
+
+
+# What the memory delivers while a weight is read once.
+_BYTES_A_US = 4.35e6
+
+
+def _few(block_m: int, block_n: int, block_k: int, **more: int | bool) -> HopperConfig:
+    """A weight-first form with as many slots as fit 200 KB beside the store buffer."""
+    slots = (200 * 1024 - block_m * block_n * 2) // ((block_m + block_n) * block_k)
+    consumers = 2 if block_n == 256 else 1
+    config = HopperConfig(block_m, block_n, block_k, min(slots, 24), swap=True, consumers=consumers)
+    return replace(config, **more)  # type: ignore[arg-type]
+
+
+def _narrow(box_m: int) -> HopperConfig:
+    """Tiles of 32 features: 128 of them for N = 4096, so that none is shared."""
+    return HopperConfig(64, 32, 256, slots=8, box_m=box_m % 64, consumers=1)
+
+
+# Numbers with (e) are estimates from neighbours, not yet measured.
+_COSTS: tuple[tuple[HopperConfig, _Cost], ...] = (
+    (_narrow(8), _Cost(whole=(4.2, 0.060))),  # (e)
+    (_narrow(16), _Cost(whole=(4.2, 0.065))),  # (e)
+    (_narrow(32), _Cost(whole=(4.2, 0.085))),  # (e)
+    (_narrow(64), _Cost(whole=(4.2, 0.125))),  # (e)
+    (_few(8, 64, 256), _Cost((4.2, 0.090), (5.1, 0.245), (5.9, 0.243))),  # whole, even (e)
+    (_few(16, 64, 256), _Cost((4.2, 0.095), (5.3, 0.250), (5.9, 0.254))),  # whole, even (e)
+    (_few(32, 64, 256), _Cost((4.2, 0.120), (6.0, 0.280), (6.5, 0.290))),  # (e)
+    (_few(64, 64, 256, meet=True), _Cost((4.2, 0.165), (7.4, 0.300), (8.0, 0.350))),  # (e)
+    (_few(8, 128, 128), _Cost((4.2, 0.150), (5.1, 0.510), (5.9, 0.523))),  # whole (e)
+    (_few(16, 128, 128), _Cost((4.2, 0.160), (5.4, 0.520), (6.0, 0.542))),  # whole (e)
+    (_few(32, 128, 128), _Cost((4.2, 0.185), (6.2, 0.550), (6.8, 0.580))),  # (e)
+    (_few(64, 128, 128, meet=True), _Cost((4.3, 0.245), (7.8, 0.560), (8.8, 0.600))),  # (e)
+    (_few(8, 256, 128), _Cost((4.8, 0.300), (5.1, 1.025), (6.1, 1.080))),  # whole (e)
+    (_few(16, 256, 128), _Cost((4.8, 0.310), (6.0, 1.100), (7.1, 1.120))),  # whole (e)
+    (_few(32, 256, 128), _Cost((5.0, 0.340))),  # (e)
+    (_few(64, 256, 128), _Cost((5.0, 0.400))),  # (e)
+    (_few(128, 64, 128), _Cost((4.4, 0.240))),  # (e)
+    (
+        HopperConfig(128, 128, slots=6, swap=True, store_parts=2, meet=True),
+        _Cost((4.8, 0.355), (8.5, 0.400), (11.0, 0.530)),  # even and stream (e)
+    ),
+    (
+        HopperConfig(128, 128, slots=6, ping_pong=True, store_parts=4, store_slots=2),
+        _Cost((4.6, 0.330)),
+    ),
+    (
+        HopperConfig(128, 256, slots=4, swap=True, store_parts=4, meet=True),
+        _Cost((4.6, 0.690), (12.0, 0.750)),  # even (e)
+    ),
+    (HopperConfig(256, 128, slots=4, store_parts=4), _Cost((4.6, 0.690))),
+)
+
+
+def candidates(
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
+) -> Iterator[tuple[float, HopperConfig]]:
+    """Every valid configuration for a shape, with its estimated microseconds."""
+    smallest = next((size for size in (8, 16, 32, 64) if m <= size), 64)
+    blocks = -(-k // 128)
+    for base, cost in _COSTS:
+        if base.tokens < smallest or (m <= 64 and base.tokens > smallest):
+            continue
+        tiles = -(-m // base.tokens) * -(-n // base.block_n)
+        most = min(multiprocessors // tiles, 8)
+        for share in (1, STREAM_K, *range(2, most + 1)):
+            mode = cost.whole if share == 1 else cost.stream if share == STREAM_K else cost.even
+            config = replace(base, share=share, meet=base.meet and share != 1)
+            plan = plan_launch(config, m, n, k, multiprocessors)
+            if mode is None or plan is None or why_invalid(config, shared_memory):
+                continue
+            rounds = -(-tiles // plan.programs) if share == 1 else tiles / plan.programs
+            start, block = mode
+            if m <= _EARLY_TOKENS and not plan.dependent:
+                start += _NO_OVERLAP_US
+            work, memory = block * rounds * blocks, n * k / _BYTES_A_US
+            if share == 1:
+                # The shorter of the two is not hidden quite, nor is the end of a tile before the last.
+                start += 0.1 * min(work, memory) + 0.2 * (rounds - 1)
+            yield start + max(work, memory), config
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_config(m: int, n: int, k: int, multiprocessors: int, shared_memory: int) -> HopperConfig:
+    """The configuration with the least estimated time.
+
+    Raises:
+        ValueError: none is valid.
+    """
+    best = min(
+        candidates(m, n, k, multiprocessors, shared_memory), key=lambda item: item[0], default=None
+    )
+    if best is None:
+        raise ValueError(
+            f"no configuration of the int8 GEMM for Hopper fits {shared_memory} bytes of shared memory"
+        )
+    return best[1]

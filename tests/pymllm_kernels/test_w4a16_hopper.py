@@ -1,0 +1,110 @@
+"""The Hopper kernel's choice of configuration and its sharing of work, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from pymllm_kernels.w4a16.hopper_tuning import (
+    STREAM_K,
+    HopperConfig,
+    HopperForm,
+    Plan,
+    candidates,
+    choose_config,
+    plan,
+    why_invalid,
+)
+
+SHARED = 227 * 1024
+FORMS = [
+    HopperForm(),
+    HopperForm(runs=2, parameter_bytes=3),
+    HopperForm(runs=4, parameter_bytes=3, same_dtype=False),
+    HopperForm(block_k=64, runs=4),
+]
+SHAPES = [(16, 64), (400, 1408), (4096, 4096), (4096, 14336), (57344, 8192), (2112, 7168)]
+
+
+def shares(units: int, programs: int) -> list[tuple[int, int]]:
+    """Start and end of every program's units, as ``common.stream_k`` deals them out."""
+    base, more = divmod(units, programs)
+    starts = [p * base + min(p, more) for p in range(programs + 1)]
+    return list(itertools.pairwise(starts))
+
+
+def work_of(grid: Plan) -> list[tuple[int, int, int]]:
+    """(tile, first step, last + 1 step) over all programs."""
+    tiles = grid.tiles_m * grid.tiles_n
+    work = [(tile, 0, grid.steps) for tile in range(grid.whole)]
+    for start, end in shares((tiles - grid.whole) * grid.steps, grid.programs):
+        while start < end:
+            tile, step = divmod(start, grid.steps)
+            last = min(grid.steps, step + end - start)
+            work.append((grid.whole + tile, step, last))
+            start += last - step
+    return work
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_every_candidate_covers_the_work_once(form: HopperForm, n: int, k: int) -> None:
+    for m in (1, 16, 100, 300, 5000):
+        found = list(candidates(m, n, k, form, 132, SHARED))
+        assert found and {c.share for _, c in found} >= {1}
+        for cost, config in found:
+            assert cost > 0 and why_invalid(config, form, SHARED) is None
+            grid = plan(config, m, n, k, form, 132)
+            assert grid is not None and 0 < grid.programs <= 132
+            steps = [0] * (grid.tiles_m * grid.tiles_n)
+            for tile, first, last in work_of(grid):
+                assert 0 <= first < last <= grid.steps
+                steps[tile] += last - first
+            assert set(steps) == {grid.steps}
+            # 64 MB a device at most, for the partial sums of tiles that programs share.
+            assert 4 * grid.part_elements(config) <= 64 * 2**20
+
+
+def test_an_even_share_is_one_part_a_program() -> None:
+    config = HopperConfig(block_m=16, consumers=2, slots=4, span=2, share=4)
+    grid = plan(config, 16, 4096, 4096, HopperForm(), 132)
+    assert grid == Plan(128, 0, 1, 32, 16)
+    assert all(last - first == 4 for _, first, last in work_of(grid))
+
+
+def test_what_cannot_be_shared() -> None:
+    config = HopperConfig(block_m=16, consumers=2, slots=4, span=2, share=5)
+    form = HopperForm()
+    assert plan(config, 16, 4096, 4096, form, 132) is None  # 16 steps in 5 parts
+    assert plan(replace(config, share=8), 16, 4096, 4096, form, 132) is None  # 256 programs
+    assert plan(replace(config, share=STREAM_K), 16, 132 * 128, 4096, form, 132) is None
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "block_m", "consumers", "share"),
+    [
+        (1, 4096, 4096, 8, 2, 4),
+        (16, 8192, 28672, 16, 4, 4),
+        (32, 28672, 4096, 32, 4, 1),
+        (128, 4096, 4096, 128, 2, 4),
+        (1024, 28672, 4096, 256, 2, 1),
+    ],
+)
+def test_the_choice_where_it_was_measured(
+    m: int, n: int, k: int, block_m: int, consumers: int, share: int
+) -> None:
+    config = choose_config(m, n, k, HopperForm(), 132, SHARED)
+    assert (config.block_m, config.consumers, config.share) == (block_m, consumers, share)
+
+
+def test_scales_of_another_dtype_stay_on_partial_sums() -> None:
+    form = HopperForm(same_dtype=False)
+    for m in (16, 128, 4096):
+        assert not choose_config(m, 4096, 4096, form, 132, SHARED).scale_weights
+
+
+def test_no_shared_memory() -> None:
+    with pytest.raises(ValueError, match="1024 bytes of shared memory"):
+        choose_config(1, 4096, 4096, HopperForm(), 132, 1024)
