@@ -72,6 +72,9 @@ def test_kernels_overlap_for_few_tokens_and_without_waiting_for_each_other() -> 
         plan = plan_launch(WEIGHT_FIRST, m, 4096, 4096, 132)
         assert plan is not None and plan.dependent is expected and plan.early is expected
     waiting = plan_launch(replace(WEIGHT_FIRST, meet=True, share=2), 16, 4096, 4096, 132)
+    for m, expected in ((64, True), (65, False)):
+        plan = plan_launch(replace(WEIGHT_FIRST, share=1), m, 4096, 28672, 132)
+        assert plan is not None and plan.dependent is expected
     assert waiting is not None and not waiting.dependent and not waiting.early
 
 
