@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from pymllm_kernels.common.sharing import STREAM_K
 from pymllm_kernels.w4a16.hopper_tuning import (
-    STREAM_K,
     HopperConfig,
     HopperForm,
     Plan,

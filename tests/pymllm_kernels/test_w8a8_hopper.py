@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pymllm_kernels  # noqa: F401  registers the operators
+from pymllm_kernels.common.sharing import STREAM_K
 from pymllm_kernels.w8a8_int8.hopper_tuning import (
-    STREAM_K,
     HopperConfig,
     Plan,
     candidates,

@@ -7,16 +7,41 @@ one of them.
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["next_slot", "split_columns", "sync_threads", "tma_load", "tma_store"]
+__all__ = [
+    "GLUON_DTYPE",
+    "next_slot",
+    "split_columns",
+    "sync_threads",
+    "tile_layout",
+    "tma_load",
+    "tma_store",
+]
+
+GLUON_DTYPE = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+    torch.int16: gl.int16,
+    torch.int8: gl.int8,
+}
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 # Of the warps that run the same partition of a warp-specialized kernel.
 sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@functools.cache
+def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Shared-memory layout of a tile: swizzled over its row, up to 128 bytes."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON_DTYPE[dtype])
 
 
 @gluon.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -21,7 +21,8 @@ class TileConfig(Protocol):
         """Depth of the software pipeline."""
 
 
-C = TypeVar("C", bound=TileConfig)
+C = TypeVar("C")
+T = TypeVar("T", bound=TileConfig)
 
 
 def why_too_large(config: TileConfig, needed: int, device: DeviceFacts) -> str | None:
@@ -35,12 +36,12 @@ def why_too_large(config: TileConfig, needed: int, device: DeviceFacts) -> str |
 
 
 def first_that_fits(
-    rule: Sequence[C],
+    rule: Sequence[T],
     m: int,
-    why_invalid: Callable[[C], str | None],
+    why_invalid: Callable[[T], str | None],
     device: DeviceFacts,
     kernel: str,
-) -> C:
+) -> T:
     """The smallest tile that holds ``m`` tokens; fewer stages, then smaller tiles, to fit the device.
 
     Args:
@@ -57,13 +58,32 @@ def first_that_fits(
     for config in reversed(rule[: index + 1]):
         for stages in range(config.num_stages, 0, -1):
             dataclass: Any = config
-            candidate: C = replace(dataclass, num_stages=stages)
+            candidate: T = replace(dataclass, num_stages=stages)
             if why_invalid(candidate) is None:
                 return candidate
     raise ValueError(
         f"no configuration of {kernel} fits the shared memory of {device.name} "
         f"({device.shared_memory} bytes)"
     )
+
+
+def cheapest(found: Iterable[tuple[float, C]], kernel: str, shared_memory: int) -> C:
+    """The configuration with the least estimated time.
+
+    Args:
+        found: (estimate, valid configuration) pairs.
+        kernel: what to call the kernel in the message.
+        shared_memory: bytes a block can use, for the message.
+
+    Raises:
+        ValueError: there is none.
+    """
+    best = min(found, key=lambda item: item[0], default=None)
+    if best is None:
+        raise ValueError(
+            f"no configuration of {kernel} fits {shared_memory} bytes of shared memory"
+        )
+    return best[1]
 
 
 def in_short(config: Any) -> str:

@@ -57,3 +57,18 @@ def take_leave(count_ptr, first, last, CONSUMER: gl.constexpr, CONSUMERS: gl.con
     counter = count_ptr + first * CONSUMERS + CONSUMER
     if gl.atomic_add(counter, 1, sem="relaxed") == 2 * (last - first) + 1:
         gl.store(counter, 0)
+
+
+@gluon.jit
+def add_parts(
+    total, part_ptr, at, first, last,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, SIZE: gl.constexpr,
+):  # fmt: skip
+    """``total`` plus elements ``at`` of the sharers' parts, each of SIZE elements."""
+    # Four loads at a time: one after the other, each costs the latency of the L2.
+    for p in range(first, last + 1, 4):
+        for q in gl.static_range(4):
+            part = part_of(p + q, first, CONSUMER, CONSUMERS) * SIZE
+            there = at < gl.where(p + q <= last, SIZE, 0)
+            total += gl.load(part_ptr + part + at, mask=there, other=0, cache_modifier=".cg")
+    return total

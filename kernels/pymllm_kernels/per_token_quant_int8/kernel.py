@@ -206,7 +206,6 @@ def launch_dynamic(
     *,
     counters: torch.Tensor | None = None,
     pdl: bool = False,
-    parameters: tuple[int, int] | None = None,
 ) -> None:
     """Fills ``codes [M, K]``, ``scale [M]`` and, if asymmetric, ``zero [M]`` from ``x [M, K]``.
 
@@ -217,12 +216,11 @@ def launch_dynamic(
         zero: int32 or ``None``.
         counters: int32 to be set to 0 for the kernel that follows.
         pdl: whether that kernel, if launched for it, may start at once.
-        parameters: (BLOCK_K, num_warps), by rule if absent.
     """
     m, k = x.shape
     if m == 0:
         return
-    block, warps = parameters or launch_parameters(k)
+    block, warps = launch_parameters(k)
     _per_token_quant_kernel[(m,)](
         x, codes, scale, zero, counters, k, x.stride(0), x.stride(1), codes.stride(0),
         0 if counters is None else counters.numel(),

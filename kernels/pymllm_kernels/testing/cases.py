@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 
+from pymllm_kernels.common.sharing import STREAM_K
 from pymllm_kernels.device import DeviceFacts, planned_device
 from pymllm_kernels.per_token_quant_int8 import kernel as quant_kernel
 from pymllm_kernels.testing.aot import AotCase
@@ -14,7 +16,8 @@ from pymllm_kernels.w4a16 import kernel as w4a16_kernel
 from pymllm_kernels.w4a16.hopper_tuning import HopperConfig as HopperW4A16Config
 from pymllm_kernels.w4a16.tuning import Config, Form, choose_config
 from pymllm_kernels.w8a8_int8 import kernel as w8a8_kernel
-from pymllm_kernels.w8a8_int8.hopper_tuning import STREAM_K, HopperConfig, plan_launch
+from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, plan_launch
+from pymllm_kernels.w8a8_int8.hopper_tuning import candidates as hopper_candidates
 from pymllm_kernels.w8a8_int8.hopper_tuning import choose_config as choose_hopper_config
 from pymllm_kernels.w8a8_int8.tuning import choose_config as choose_w8a8_config
 
@@ -112,14 +115,13 @@ def w4a16_hopper_case(
 ) -> AotCase:
     """One form of the weight-only GEMM for Hopper."""
     # Gluon kernels are imported where they are compiled: other targets do without them.
+    from pymllm_kernels.common.gluon_hopper import tile_layout
     from pymllm_kernels.w4a16 import hopper, hopper_launch
 
     def box(dtype: torch.dtype, *shape: int) -> str:
         kind = {torch.int16: "i16", torch.int8: "i8"}.get(dtype) or _POINTER[dtype][1:]
         one_row = len(shape) == 1
-        layout = (
-            hopper_launch.row_layout(dtype) if one_row else hopper_launch.tile_layout(*shape, dtype)
-        )
+        layout = hopper_launch.row_layout(dtype) if one_row else tile_layout(*shape, dtype)
         return f"tensordesc<{kind}{list(shape)},{layout!r}>"
 
     form = hopper_launch.form_of(
@@ -165,7 +167,7 @@ def w4a16_hopper_case(
 
 def w4a16_hopper_cases() -> Iterator[AotCase]:
     """The weight-only GEMM for Hopper: every measured tile, shared and not, and other groups."""
-    from pymllm_kernels.w4a16.hopper_tuning import STREAM_K, HopperForm, candidates
+    from pymllm_kernels.w4a16.hopper_tuning import HopperForm, candidates
 
     plain, *others = (v for v in W4A16_VARIANTS if v.name in _HOPPER_VARIANTS)
     every = [c for _, c in candidates(1, 128, 4096, HopperForm(), 132, 227 * 1024)]
@@ -228,10 +230,11 @@ def w8a8_hopper_case(
 ) -> AotCase:
     """One form of the int8 GEMM for Hopper."""
     # Gluon kernels are imported where they are compiled: other targets do without them.
+    from pymllm_kernels.common.gluon_hopper import tile_layout
     from pymllm_kernels.w8a8_int8 import hopper, hopper_launch
 
     def descriptor(kind: str, rows: int, columns: int, element: torch.dtype) -> str:
-        layout = hopper_launch.shared_layout(rows, columns, element)
+        layout = tile_layout(rows, columns, element)
         return f"tensordesc<{kind}{[rows, columns]},{layout!r}>"
 
     pointer = _POINTER[dtype]
@@ -279,7 +282,10 @@ _HOPPER_SHAPES = ((4096, 4096), (8192, 28672), (28672, 4096), (4096, 14336))
 
 
 def w8a8_hopper_cases(tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotCase]:
-    """The int8 GEMM for Hopper, plain and with zero points and bias, at the rule's tiles."""
+    """The int8 GEMM for Hopper, plain and with zero points and bias, at the rule's tiles.
+
+    And the cheapest form whose tiles are shared for each number of tokens: the rule may take none.
+    """
     device = target_device("sm_90")
     forms: dict[tuple[HopperConfig, bool], None] = {}
     for m in tokens:
@@ -290,6 +296,11 @@ def w8a8_hopper_cases(tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotCase]:
             # How many programs share a tile is not compiled in, only whether any do.
             form = replace(config, share=1 if config.share == 1 else STREAM_K)
             forms[form, plan.dependent] = None
+        found = hopper_candidates(m, 4096, 8192, 132, device.shared_memory)
+        for _, config in sorted((item for item in found if item[1].share != 1), key=itemgetter(0))[
+            :1
+        ]:
+            forms[replace(config, share=STREAM_K), not config.meet] = None
     for config, pdl in forms:
         yield w8a8_hopper_case(config, pdl=pdl)
         yield w8a8_hopper_case(config, zero=True, bias=True, pdl=pdl)

@@ -34,7 +34,7 @@ from pymllm_kernels.common.shared_tile import leave_part, meet, take_leave
 from pymllm_kernels.common.stream_k import count_segments, segment, sharers
 from pymllm_kernels.common.triton_helpers import grouped_tile
 from pymllm_kernels.w4a16.hopper_shared_tile import finish_tile
-from pymllm_kernels.w4a16.kernel import _OR_MAGIC_BF16, _OR_MAGIC_FP16
+from pymllm_kernels.w4a16.kernel import or_magic_int4
 
 
 @gluon.jit
@@ -78,21 +78,6 @@ def _producer(
 
 
 @gluon.jit
-def _or_magic(words, HALF: gl.constexpr):
-    """16-bit words to 4 slices of ``128 + code`` (bf16) or ``1024 + code`` (fp16), exact."""
-    if HALF == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            _OR_MAGIC_BF16, "=r,=r,=r,=r,r", [words],
-            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return gl.inline_asm_elementwise(
-            _OR_MAGIC_FP16, "=r,=r,=r,=r,r", [words],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-
-
-@gluon.jit
 def _weights(
     shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
     MMA: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
@@ -103,7 +88,7 @@ def _weights(
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, A)
     HALF: gl.constexpr = x_smem.dtype
     OFFSET: gl.constexpr = 128.0 if HALF == gl.bfloat16 else 1024.0
-    codes = _or_magic(weight_smem.index(place).slice(CONSUMER * ROWS, ROWS).load(A), HALF)
+    codes = or_magic_int4(weight_smem.index(place).slice(CONSUMER * ROWS, ROWS).load(A), HALF)
     weights = ()
     for j in gl.static_range(4):
         run = place * RUNS + j * RUNS // 4

@@ -8,6 +8,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pymllm_kernels.common.gluon_hopper import GLUON_DTYPE, tile_layout
 from pymllm_kernels.common.workspace import counters
 from pymllm_kernels.device import device_facts
 from pymllm_kernels.w4a16.hopper import w4a16_gemm_hopper
@@ -18,13 +19,6 @@ from pymllm_kernels.w4a16.hopper_tuning import (
     plan,
 )
 
-_GLUON_DTYPE = {
-    torch.bfloat16: gl.bfloat16,
-    torch.float16: gl.float16,
-    torch.float32: gl.float32,
-    torch.int16: gl.int16,
-    torch.int8: gl.int8,
-}
 _ONE_GROUP = 2**30
 # Registers of a thread by the number of consumers: of the whole block at launch, and of a consumer
 # once the producer has given up its own. 65,536 over 12 or 20 warps, 4 of them the producer's.
@@ -90,7 +84,7 @@ def kernel_constants(
         "GROUP_SIZE": _ONE_GROUP if group_size == -1 else group_size,
         "SLICE_K": form.block_k // 4,
         "RUNS": form.runs,
-        "HALF": _GLUON_DTYPE[dtype],
+        "HALF": GLUON_DTYPE[dtype],
         "SCALE_WEIGHTS": config.scale_weights,
         "BLOCK_M": config.block_m,
         "ROWS": config.rows,
@@ -151,9 +145,3 @@ def _row_descriptor(rows: torch.Tensor, block_n: int) -> TensorDescriptor:
 def row_layout(dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """Shared-memory layout of a row of scales or zero points."""
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=1)
-
-
-@functools.cache
-def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Shared-memory layout of a tile: swizzled over its row, up to 128 bytes."""
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON_DTYPE[dtype])

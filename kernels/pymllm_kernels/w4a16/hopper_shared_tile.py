@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from pymllm_kernels.common.stream_k import part_of
+from pymllm_kernels.common.shared_tile import add_parts
 
 
 @gluon.jit
@@ -24,12 +24,7 @@ def finish_tile(
     for piece in range(piece0, used, pieces):
         at = gl.expand_dims((piece * TOKENS + tokens) * ROWS, 1) + gl.expand_dims(rows, 0)
         total = gl.zeros((TOKENS, ROWS), gl.float32, PIECE)
-        # Four loads at a time: one after the other, each costs the latency of the L2.
-        for p in range(first, last + 1, 4):
-            for q in gl.static_range(4):
-                part = part_of(p + q, first, CONSUMER, CONSUMERS) * (ROWS * BLOCK_M)
-                there = at < gl.where(p + q <= last, ROWS * BLOCK_M, 0)
-                total += gl.load(part_ptr + part + at, mask=there, other=0.0, cache_modifier=".cg")
+        total = add_parts(total, part_ptr, at, first, last, CONSUMER, CONSUMERS, ROWS * BLOCK_M)
         if bias_ptr is not None:
             bias = gl.load(bias_ptr + n, mask=n < N, other=0.0)
             total += gl.expand_dims(bias.to(gl.float32), 0)

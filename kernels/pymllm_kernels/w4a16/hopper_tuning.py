@@ -6,7 +6,8 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-STREAM_K = 0
+from pymllm_kernels.common.launch import cheapest
+from pymllm_kernels.common.sharing import STREAM_K, share_tiles
 
 
 @dataclass(frozen=True)
@@ -179,19 +180,8 @@ def plan(
     tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
     tiles = tiles_m * tiles_n
     steps = -(-k // (form.block_k * config.span))
-    if config.share == 1:
-        return Plan(min(multiprocessors, tiles), tiles, tiles_m, tiles_n, steps)
-    if config.share != STREAM_K:
-        programs = tiles * config.share
-        if programs > multiprocessors or steps % config.share:
-            return None
-        return Plan(programs, 0, tiles_m, tiles_n, steps)
-    if tiles % multiprocessors == 0:
-        return None
-    # One to two rounds of tiles are dealt out, those before go to programs whole.
-    whole = max(0, tiles // multiprocessors - 1) * multiprocessors
-    programs = min(multiprocessors, (tiles - whole) * steps)
-    return Plan(programs, whole, tiles_m, tiles_n, steps)
+    grid = share_tiles(config.share, tiles, steps, multiprocessors)
+    return None if grid is None else Plan(*grid, tiles_m, tiles_n, steps)
 
 
 def candidates(
@@ -253,14 +243,5 @@ def choose_config(
     Raises:
         ValueError: none is valid.
     """
-    best = min(
-        candidates(m, n, k, form, multiprocessors, shared_memory),
-        key=lambda item: item[0],
-        default=None,
-    )
-    if best is None:
-        raise ValueError(
-            f"no configuration of the W4A16 kernel for Hopper fits {shared_memory} bytes of shared "
-            f"memory"
-        )
-    return best[1]
+    found = candidates(m, n, k, form, multiprocessors, shared_memory)
+    return cheapest(found, "the W4A16 kernel for Hopper", shared_memory)

@@ -40,7 +40,7 @@ _OR_MAGIC_FP16 = tl.constexpr(_OR_MAGIC.replace("MAGIC", "0x64006400"))
 
 
 @triton.jit
-def _or_magic_int4(words, HALF: tl.constexpr):
+def or_magic_int4(words, HALF: tl.constexpr):
     """16-bit words to 4 tiles of ``128 + code`` (bf16) or ``1024 + code`` (fp16), exact.
 
     A code in the low mantissa bits of 128.0 (bf16) or 1024.0 (fp16) adds its own value: one lop3
@@ -67,7 +67,7 @@ def _load_codes(
     if BITS == 4:
         words = tl.load(tile_ptr, mask=mask, other=0)
         if MAGIC:
-            return _or_magic_int4(words, COMPUTE)
+            return or_magic_int4(words, COMPUTE)
         else:
             return (
                 (words & 15).to(COMPUTE),

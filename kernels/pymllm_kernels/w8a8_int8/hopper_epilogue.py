@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from pymllm_kernels.common.stream_k import part_of
+from pymllm_kernels.common.shared_tile import add_parts
 
 
 @gluon.jit
@@ -82,12 +82,7 @@ def finish_tile(
         )  # fmt: skip
         at = (piece * PIECE + tokens)[:, None] * FEATURES + features[None, :]
         total = gl.zeros((PIECE, FEATURES), gl.int32, layout)
-        # Four loads at a time: one after the other, each costs the latency of the L2.
-        for p in range(first, last + 1, 4):
-            for q in gl.static_range(4):
-                part = part_of(p + q, first, INDEX, HALVES).to(gl.int64) * (TOKENS * FEATURES)
-                there = at < gl.where(p + q <= last, TOKENS * FEATURES, 0)
-                total += gl.load(part_ptr + part + at, mask=there, other=0, cache_modifier=".cg")
+        total = add_parts(total, part_ptr, at, first, last, INDEX, HALVES, TOKENS * FEATURES)
         out = epilogue(
             total, s_m, s_n, zero, column_sum, bias, x_zero_ptr is not None, bias_ptr is not None,
             False, out_ptr.dtype.element_ty,

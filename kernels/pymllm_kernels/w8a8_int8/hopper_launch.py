@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pymllm_kernels.common.gluon_hopper import tile_layout
 from pymllm_kernels.device import device_facts
 from pymllm_kernels.per_token_quant_int8.kernel import launch_dynamic, launch_static
 from pymllm_kernels.w8a8_int8.hopper import w8a8_int8_hopper_kernel
 from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, Plan, choose_config, plan_launch
 
-_GLUON_DTYPE = {
-    torch.int8: gl.int8,
-    torch.bfloat16: gl.bfloat16,
-    torch.float16: gl.float16,
-    torch.float32: gl.float32,
-}
-
-
-@functools.cache
-def shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a block lies in shared memory: the widest swizzle that fits it."""
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON_DTYPE[dtype])
-
 
 def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = shared_layout(rows, columns, tensor.dtype)
+    layout = tile_layout(rows, columns, tensor.dtype)
     return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-STREAM_K = 0
+from pymllm_kernels.common.launch import cheapest
+from pymllm_kernels.common.sharing import STREAM_K, share_tiles
 
 
 @dataclass(frozen=True)
@@ -110,20 +111,13 @@ def plan_launch(config: HopperConfig, m: int, n: int, k: int, multiprocessors: i
     """The grid and the workspace of a product, ``None`` if tiles cannot be shared in this way."""
     tiles = -(-m // config.tokens) * -(-n // config.block_n)
     steps = -(-k // config.block_k)
-    dependent = _overlaps(m, k)
+    grid = share_tiles(config.share, tiles, steps, multiprocessors, least_steps=_MIN_STEPS)
+    if grid is None:
+        return None
+    programs, whole = grid
+    dependent = _overlaps(m, k) and not (config.meet and config.share != 1)
     if config.share == 1:
-        return Plan(min(multiprocessors, tiles), tiles, 0, 0, dependent, dependent)
-    if config.share == STREAM_K:
-        if tiles % multiprocessors == 0:
-            return None
-        # One to two rounds of tiles are dealt out, those before go to programs whole.
-        whole = max(0, tiles // multiprocessors - 1) * multiprocessors
-        programs = min(multiprocessors, max((tiles - whole) * steps // _MIN_STEPS, 1))
-    else:
-        whole, programs = 0, tiles * config.share
-        if programs > multiprocessors or steps % config.share or steps < _MIN_STEPS * config.share:
-            return None
-    dependent = dependent and not config.meet
+        return Plan(programs, whole, 0, 0, dependent, dependent)
     parts = 2 * programs * config.block_m * config.block_n
     return Plan(programs, whole, parts, programs * config.halves, dependent, dependent)
 
@@ -246,11 +240,5 @@ def choose_config(m: int, n: int, k: int, multiprocessors: int, shared_memory: i
     Raises:
         ValueError: none is valid.
     """
-    best = min(
-        candidates(m, n, k, multiprocessors, shared_memory), key=lambda item: item[0], default=None
-    )
-    if best is None:
-        raise ValueError(
-            f"no configuration of the int8 GEMM for Hopper fits {shared_memory} bytes of shared memory"
-        )
-    return best[1]
+    found = candidates(m, n, k, multiprocessors, shared_memory)
+    return cheapest(found, "the int8 GEMM for Hopper", shared_memory)

@@ -1,0 +1,32 @@
+"""How many programs share the tiles of a GEMM: the host's side of ``common.stream_k``."""
+
+from __future__ import annotations
+
+STREAM_K = 0
+
+
+def share_tiles(
+    share: int, tiles: int, steps: int, multiprocessors: int, *, least_steps: int = 1
+) -> tuple[int, int] | None:
+    """(size of the grid, leading tiles that programs take whole), or ``None`` if it cannot be.
+
+    Args:
+        share: programs that share each tile, 1 for none, ``STREAM_K`` for even runs of steps that may
+            begin and end inside a tile.
+        tiles: of the output.
+        steps: of a tile along K.
+        multiprocessors: the largest grid.
+        least_steps: the fewest steps worth a program.
+    """
+    if share == 1:
+        return min(multiprocessors, tiles), tiles
+    if share != STREAM_K:
+        programs = tiles * share
+        if programs > multiprocessors or steps % share or steps < least_steps * share:
+            return None
+        return programs, 0
+    if tiles % multiprocessors == 0:
+        return None
+    # One to two rounds of tiles are dealt out, those before go to programs whole.
+    whole = max(0, tiles // multiprocessors - 1) * multiprocessors
+    return min(multiprocessors, max((tiles - whole) * steps // least_steps, 1)), whole
