@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from pymllm_kernels.common.launch import in_short
 from pymllm_kernels.device import DeviceFacts
+from pymllm_kernels.tuning.resolving import Resolved, resolve
+from pymllm_kernels.tuning.tunable import Tunable
 
 CHANNEL = -1
 
@@ -52,9 +55,15 @@ class LinearProblem:
 
 
 class LinearKernel:
-    """One way to run a :class:`LinearProblem`; each scheme adds its ``prepare`` and ``apply``."""
+    """One way to run a :class:`LinearProblem`; each scheme adds its ``prepare`` and ``apply``.
+
+    Attributes:
+        name: as in reports.
+        tunable: its configurations, ``None`` where there are none to choose from.
+    """
 
     name = ""
+    tunable: Tunable | None = None
 
     def why_not(self, problem: LinearProblem) -> str | None:
         """``None`` if this kernel runs the problem, else the reason it cannot."""
@@ -64,6 +73,17 @@ class LinearKernel:
         """What makes this kernel the choice where it can run."""
         raise NotImplementedError
 
+    def resolved(self, problem: LinearProblem, m: int) -> Resolved | None:
+        """Launch parameters for ``m`` tokens and their origin; ``None`` where there are none to choose.
+
+        Raises:
+            ValueError: what is pinned cannot run, or is not in a strict lock file.
+        """
+        if self.tunable is None:
+            return None
+        return resolve(self.tunable, self.tunable.key_of(problem), m, problem.device)
+
     def configuration(self, problem: LinearProblem, m: int) -> str | None:
-        """Launch parameters for ``m`` tokens, in short; ``None`` where there are none to choose."""
-        return None
+        """:meth:`resolved` in short."""
+        found = self.resolved(problem, m)
+        return None if found is None else f"{in_short(found.config)} ({found.origin})"

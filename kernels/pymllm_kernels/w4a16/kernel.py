@@ -19,7 +19,9 @@ import triton.language as tl
 
 from pymllm_kernels.common.triton_helpers import grouped_tile
 from pymllm_kernels.device import DeviceFacts, device_facts
-from pymllm_kernels.w4a16.tuning import Config, Form, choose_config
+from pymllm_kernels.tuning import config_for
+from pymllm_kernels.w4a16.tunable import TRITON, triton_key
+from pymllm_kernels.w4a16.tuning import Config, Form
 
 _TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -223,7 +225,8 @@ def launch(
     form = Form(bits, block_k, group_size, group_index is not None)
     facts = device_facts(x.device)
     if config is None:
-        config = choose_config(m, form, facts)
+        key = triton_key(bits, n, k, group_size, x.dtype, group_index is not None)
+        config = config_for(TRITON, key, m, facts)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     _w4a16_gemm_kernel[grid](
         x, input_perm, weight, scale, zero, group_index, bias, out,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from pymllm_kernels.common.launch import in_short
 from pymllm_kernels.common.packing import unpack_words
 from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
 from pymllm_kernels.common.workspace import reserve_counters
 from pymllm_kernels.problem import LinearKernel, LinearProblem
+from pymllm_kernels.tuning import Tunable
 from pymllm_kernels.w4a16 import api, reference
 from pymllm_kernels.w4a16.api import W4A16Weight
 from pymllm_kernels.w4a16.layout import choose_layout
-from pymllm_kernels.w4a16.tuning import Form, choose_config
+from pymllm_kernels.w4a16.tunable import HOPPER, TRITON
 
 SCHEME = "w4a16"
 
@@ -54,6 +54,7 @@ class TritonW4A16(W4A16Kernel):
     """The fused Triton kernel."""
 
     name = "triton_w4a16"
+    tunable: Tunable | None = TRITON
 
     def why_not(self, problem: LinearProblem) -> str | None:
         if reason := _wrong_scheme(problem) or why_not_triton(problem):
@@ -66,12 +67,6 @@ class TritonW4A16(W4A16Kernel):
 
     def why(self, problem: LinearProblem) -> str:
         return "dequantization fused into the GEMM, any N, K and group size"
-
-    def configuration(self, problem: LinearProblem, m: int) -> str | None:
-        layout = choose_layout(problem.weight_bits, problem.k, problem.group_size)
-        spans = problem.groups > 1 and problem.group_size % layout.slice_k != 0
-        form = Form(problem.weight_bits, layout.block_k, problem.group_size, spans)
-        return in_short(choose_config(m, form, problem.device))
 
     def prepare(
         self,
@@ -99,6 +94,7 @@ class HopperW4A16(TritonW4A16):
     """The fused kernel for Hopper; it reads the weights as ``TritonW4A16`` packs them."""
 
     name = "gluon_hopper_w4a16"
+    tunable = HOPPER
 
     def why_not(self, problem: LinearProblem) -> str | None:
         return super().why_not(problem) or why_not_gluon_hopper(problem) or _why_not_tma(problem)
@@ -118,21 +114,6 @@ class HopperW4A16(TritonW4A16):
         if words.device.type == "cuda":
             reserve_counters(words.device)
         return super().prepare(problem, words, scale, zero, g_idx)
-
-    def configuration(self, problem: LinearProblem, m: int) -> str | None:
-        from pymllm_kernels.w4a16.hopper_launch import form_of
-        from pymllm_kernels.w4a16.hopper_tuning import choose_config
-
-        block_k = choose_layout(4, problem.k, problem.group_size).block_k
-        form = form_of(
-            block_k, problem.group_size, problem.act_dtype, problem.scale_dtype, problem.symmetric
-        )
-        device = problem.device
-        return in_short(
-            choose_config(
-                m, problem.n, problem.k, form, device.multiprocessors, device.shared_memory
-            )
-        )
 
     def apply(
         self,

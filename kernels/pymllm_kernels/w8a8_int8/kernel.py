@@ -12,7 +12,9 @@ import triton.language as tl
 
 from pymllm_kernels.common.triton_helpers import grouped_tile
 from pymllm_kernels.device import device_facts
-from pymllm_kernels.w8a8_int8.tuning import Config, choose_config
+from pymllm_kernels.tuning import config_for
+from pymllm_kernels.w8a8_int8.tunable import TRITON, triton_key
+from pymllm_kernels.w8a8_int8.tuning import Config
 
 
 @triton.jit
@@ -109,7 +111,8 @@ def launch(
     if m == 0 or n == 0:
         return
     if config is None:
-        config = choose_config(m, k, device_facts(codes.device))
+        key = triton_key(n, k, out.dtype)
+        config = config_for(TRITON, key, m, device_facts(codes.device))
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     _w8a8_int8_gemm_kernel[grid](
         codes, weight, x_scale, w_scale, x_zero, w_column_sum, bias, out,

@@ -6,15 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from pymllm_kernels.common.launch import in_short
 from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
 from pymllm_kernels.per_token_quant_int8 import api as quant_api
 from pymllm_kernels.per_token_quant_int8 import reference as quant_reference
 from pymllm_kernels.problem import LinearKernel, LinearProblem
 from pymllm_kernels.w8a8_int8 import api, reference
-from pymllm_kernels.w8a8_int8.hopper_tuning import choose_config as choose_hopper_config
 from pymllm_kernels.w8a8_int8.layout import column_sum
-from pymllm_kernels.w8a8_int8.tuning import choose_config
+from pymllm_kernels.w8a8_int8.tunable import HOPPER, TRITON
 
 SCHEME = "w8a8_int8"
 
@@ -80,6 +78,7 @@ class HopperW8A8(W8A8Kernel):
     """Triton quantization of the activation, then the int8 GEMM for Hopper."""
 
     name = "gluon_hopper_w8a8_int8"
+    tunable = HOPPER
 
     def why_not(self, problem: LinearProblem) -> str | None:
         return (
@@ -91,14 +90,6 @@ class HopperW8A8(W8A8Kernel):
 
     def why(self, problem: LinearProblem) -> str:
         return "int8 wgmma fed by the copy engine, weights read while few tokens are quantized"
-
-    def configuration(self, problem: LinearProblem, m: int) -> str | None:
-        device = problem.device
-        return in_short(
-            choose_hopper_config(
-                m, problem.n, problem.k, device.multiprocessors, device.shared_memory
-            )
-        )
 
     def prepare(
         self,
@@ -132,15 +123,13 @@ class TritonW8A8(W8A8Kernel):
     """Triton quantization of the activation, then the Triton int8 GEMM."""
 
     name = "triton_w8a8_int8"
+    tunable = TRITON
 
     def why_not(self, problem: LinearProblem) -> str | None:
         return _unfit(problem) or why_not_triton(problem)
 
     def why(self, problem: LinearProblem) -> str:
         return "int8 tensor cores, scales, zero points and bias in the epilogue"
-
-    def configuration(self, problem: LinearProblem, m: int) -> str | None:
-        return in_short(choose_config(m, problem.k, problem.device))
 
     def apply(
         self,

@@ -47,10 +47,14 @@ def why_invalid(config: Config, device: DeviceFacts) -> str | None:
     return why_too_large(config, needed, device)
 
 
+def tiles(k: int) -> tuple[Config, ...]:
+    """The configurations for ``k`` inputs, by growing block_m."""
+    # Rows that start at any byte are loaded byte by byte: the large tile then spills 6 KB a thread.
+    return _RULE if k % 16 == 0 else _RULE[:3]
+
+
 def choose_config(m: int, k: int, device: DeviceFacts) -> Config:
     """The configuration for ``m`` tokens; fewer stages, then smaller tiles, where memory is short."""
-    # Rows that start at any byte are loaded byte by byte: the large tile then spills 6 KB a thread.
-    rule = _RULE if k % 16 == 0 else _RULE[:3]
     return first_that_fits(
-        rule, m, lambda config: why_invalid(config, device), device, "the int8 GEMM"
+        tiles(k), m, lambda config: why_invalid(config, device), device, "the int8 GEMM"
     )

@@ -1,0 +1,148 @@
+"""The weight-only kernels as the tuner and the lookup see them.
+
+Variants of a key: ``zero`` (zero points) and ``scale=DTYPE`` (scales in another dtype than the
+activations) for the Hopper kernels; ``bits=8`` and ``spans`` (slices that span groups) for the
+plain one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from pymllm_kernels.common.sharing import STREAM_K
+from pymllm_kernels.device import DeviceFacts
+from pymllm_kernels.problem import LinearProblem
+from pymllm_kernels.tuning.keys import TuningKey, dtype_name
+from pymllm_kernels.tuning.tunable import Config, Tunable
+from pymllm_kernels.w4a16 import hopper_tuning, tuning
+from pymllm_kernels.w4a16.hopper_tuning import HopperConfig, HopperForm
+from pymllm_kernels.w4a16.layout import choose_layout
+
+
+class HopperTunable(Tunable):
+    """``gluon_hopper_w4a16``."""
+
+    operation = "gluon_hopper_w4a16"
+    kernels: ClassVar = {"tiles": HopperConfig}
+    sources = ("pymllm_kernels.w4a16.hopper:w4a16_gemm_hopper",)
+
+    def key_of(self, problem: LinearProblem) -> TuningKey:
+        return hopper_key(
+            problem.n, problem.k, problem.group_size, problem.act_dtype, problem.scale_dtype,
+            problem.symmetric,
+        )  # fmt: skip
+
+    def rule(self, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
+        return hopper_tuning.choose_config(
+            m, key.n, key.k, hopper_form(key), facts.multiprocessors, facts.shared_memory
+        )
+
+    def candidates(self, key: TuningKey, m: int, facts: DeviceFacts) -> Sequence[Config]:
+        found = hopper_tuning.candidates(
+            m, key.n, key.k, hopper_form(key), facts.multiprocessors, facts.shared_memory
+        )
+        return [config for _, config in sorted(found, key=lambda item: item[0])]
+
+    def why_invalid(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> str | None:
+        form = hopper_form(key)
+        reason = hopper_tuning.why_invalid(config, form, facts.shared_memory)
+        if reason is None and not self._planned(config, key, m, facts):
+            return f"{config} cannot share the tiles of [{m}, {key.k}] x {key.n}"
+        return reason
+
+    def adapt(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
+        # Whole rounds of tiles leave stream-K nothing to share.
+        if config.share == STREAM_K and not self._planned(config, key, m, facts):
+            return replace(config, share=1)
+        return config
+
+    def compiled_form(self, config: Config) -> Config:
+        return replace(config, share=1 if config.share == 1 else STREAM_K)
+
+    def _planned(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> bool:
+        form, units = hopper_form(key), facts.multiprocessors
+        return hopper_tuning.plan(config, m, key.n, key.k, form, units) is not None
+
+
+class TritonTunable(Tunable):
+    """``triton_w4a16``."""
+
+    operation = "triton_w4a16"
+    kernels: ClassVar = {"tiles": tuning.Config}
+    sources = ("pymllm_kernels.w4a16.kernel:_w4a16_gemm_kernel",)
+
+    def key_of(self, problem: LinearProblem) -> TuningKey:
+        layout = choose_layout(problem.weight_bits, problem.k, problem.group_size)
+        spans = problem.groups > 1 and problem.group_size % layout.slice_k != 0
+        return triton_key(
+            problem.weight_bits, problem.n, problem.k, problem.group_size, problem.act_dtype, spans
+        )
+
+    def rule(self, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
+        return tuning.choose_config(m, triton_form(key), facts)
+
+    def candidates(self, key: TuningKey, m: int, facts: DeviceFacts) -> Sequence[Config]:
+        first = self.rule(key, m, facts)
+        found = [first]
+        for tile in triton_form(key).rule:
+            if first.block_m <= 2 * tile.block_m <= 4 * first.block_m:
+                found += [replace(tile, num_stages=stages) for stages in (4, 3, 2, 5)]
+        valid = (c for c in found if self.why_invalid(c, key, m, facts) is None)
+        return list(dict.fromkeys(valid))
+
+    def why_invalid(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> str | None:
+        return tuning.why_invalid(config, triton_form(key), facts)
+
+
+HOPPER = HopperTunable()
+TRITON = TritonTunable()
+
+
+def hopper_key(
+    n: int,
+    k: int,
+    group_size: int,
+    act_dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    symmetric: bool,
+) -> TuningKey:
+    """The key of a layer of :data:`HOPPER`."""
+    words = [] if symmetric else ["zero"]
+    if scale_dtype != act_dtype:
+        words.append(f"scale={dtype_name(scale_dtype)}")
+    return TuningKey(HOPPER.operation, n, k, group_size, dtype_name(act_dtype), " ".join(words))
+
+
+@functools.lru_cache(maxsize=4096)
+def hopper_form(key: TuningKey) -> HopperForm:
+    """The form of a layer of :data:`HOPPER`."""
+    from pymllm_kernels.w4a16.hopper_launch import form_of
+
+    act: torch.dtype = getattr(torch, key.dtype)
+    words = key.variant.split()
+    scales = [word.partition("=")[2] for word in words if word.startswith("scale=")]
+    scale = getattr(torch, scales[0]) if scales else act
+    block_k = choose_layout(4, key.k, key.group_size).block_k
+    return form_of(block_k, key.group_size, act, scale, "zero" not in words)
+
+
+def triton_key(
+    bits: int, n: int, k: int, group_size: int, act_dtype: torch.dtype, spans: bool
+) -> TuningKey:
+    """The key of a layer of :data:`TRITON`; ``spans``: it has a group index."""
+    words = (["bits=8"] if bits == 8 else []) + (["spans"] if spans else [])
+    return TuningKey(TRITON.operation, n, k, group_size, dtype_name(act_dtype), " ".join(words))
+
+
+@functools.lru_cache(maxsize=4096)
+def triton_form(key: TuningKey) -> tuning.Form:
+    """The form of a layer of :data:`TRITON`."""
+    words = key.variant.split()
+    bits = 8 if "bits=8" in words else 4
+    block_k = choose_layout(bits, key.k, key.group_size).block_k
+    return tuning.Form(bits, block_k, key.group_size, "spans" in words)
