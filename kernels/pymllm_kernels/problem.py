@@ -87,3 +87,18 @@ class LinearKernel:
         """:meth:`resolved` in short."""
         found = self.resolved(problem, m)
         return None if found is None else f"{in_short(found.config)} ({found.origin})"
+
+
+def check_call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n: int) -> None:
+    """What a kernel checks of every call beyond the dtype and number of inputs of ``x``.
+
+    Raises:
+        ValueError: ``x`` is not where the weight is, or ``bias`` is not ``[N]`` there.
+    """
+    if x.device != weight.device:
+        raise ValueError(f"x: found on {x.device}, but the weight is on {weight.device}")
+    if bias is not None:
+        if bias.shape != (n,):
+            raise ValueError(f"bias: found shape {tuple(bias.shape)}, expected ({n},)")
+        if bias.device != x.device:
+            raise ValueError(f"bias: found on {bias.device}, but x is on {x.device}")

@@ -8,7 +8,8 @@ import pytest
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from pymllm_kernels.testing.aot import AotCase, AotError, CompiledCode, compile_for
+from pymllm_kernels.common.specialization import Specialization
+from pymllm_kernels.testing.aot import AotError, CompiledCode, compile_for
 from pymllm_kernels.testing.sass_lint import (
     disassemble,
     lint_cubin,
@@ -99,8 +100,8 @@ def _wrong_assembly_kernel(out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, y)
 
 
-def register_operand_case(form: int) -> AotCase:
-    return AotCase(
+def register_operand_case(form: int) -> Specialization:
+    return Specialization(
         name=f"register operand, form {form}",
         kernel=_register_operand_kernel,
         signature={"x_ptr": "*bf16", "w_ptr": "*u16", "out_ptr": "*fp32", "K": "i32"},
@@ -111,7 +112,7 @@ def register_operand_case(form: int) -> AotCase:
     )
 
 
-COPY = AotCase(
+COPY = Specialization(
     name="copy",
     kernel=_copy_kernel,
     signature={"x_ptr": "*bf16", "out_ptr": "*bf16", "n": "i32"},
@@ -200,7 +201,7 @@ def test_divisibility_widens_accesses() -> None:
     [(_mismatched_dot_kernel, ""), (_wrong_assembly_kernel, "known instruction")],
 )
 def test_errors_name_case_target_and_reason(kernel: Any, expected: str) -> None:
-    case = AotCase("broken", kernel, {"out_ptr": "*fp32"}, {"BLOCK": 32}, 4, 1)
+    case = Specialization("broken", kernel, {"out_ptr": "*fp32"}, {"BLOCK": 32}, 4, 1)
     with pytest.raises(AotError, match=r"broken does not compile for sm_90: .+") as caught:
         compile_for(case, "sm_90")
     assert expected in str(caught.value)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import triton
 
+from pymllm_kernels.common.specialization import Specialization
 from pymllm_kernels.testing import sass_lint
-from pymllm_kernels.testing.aot import AotCase, compile_for
+from pymllm_kernels.testing.aot import compile_for
 from pymllm_kernels.testing.cases import all_cases
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -18,7 +19,7 @@ def _cases(target: str, tokens: tuple[int, ...] = (1, 17, 64, 4096)) -> list[obj
 
 
 @pytest.mark.parametrize("case", _cases("sm_90"))
-def test_hopper(case: AotCase) -> None:
+def test_hopper(case: Specialization) -> None:
     """Every kernel and tile on sm_90. fp32 activations run without tensor cores, still no spill."""
     code = compile_for(case, "sm_90")
     assert code.cubin is not None

@@ -12,9 +12,9 @@ from pymllm_kernels import LinearProblem, device_facts, per_token_quant_int8, se
 from pymllm_kernels.per_token_quant_int8 import reference as quant_reference
 from pymllm_kernels.problem import LinearKernel
 from pymllm_kernels.testing.inputs import assert_as_accurate_as_torch, make_w4a16
-from pymllm_kernels.w4a16 import kernel as w4a16_kernel
+from pymllm_kernels.w4a16 import launch as w4a16_launch
 from pymllm_kernels.w4a16.tuning import Form
-from pymllm_kernels.w8a8_int8 import kernel as w8a8_kernel
+from pymllm_kernels.w8a8_int8 import launch as w8a8_launch
 from pymllm_kernels.w8a8_int8 import reference as w8a8_reference
 from pymllm_kernels.w8a8_int8.tuning import choose_config
 
@@ -130,7 +130,7 @@ def test_more_than_2_31_outputs_w4a16() -> None:
     weight = kernel.prepare(layer.problem, layer.words, layer.scale, layer.zero, layer.g_idx)
     x = torch.randn(m, k, device="cuda").to(BF16)
     out, memory = _guarded(m, n)
-    w4a16_kernel.launch(x, *weight, None, out, bits=4, group_size=64)
+    w4a16_launch.launch(x, *weight, None, out, bits=4, group_size=64)
     for rows in (slice(0, 64), slice(65535, 65537), slice(m - 64, m)):
         exact = x[rows].double() @ layer.exact.T
         assert_as_accurate_as_torch(out[rows], exact, F.linear(x[rows], layer.rounded))
@@ -143,7 +143,7 @@ def test_more_than_2_31_outputs_w8a8() -> None:
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
     x_scale, w_scale = torch.rand(m, device="cuda"), torch.rand(n, device="cuda")
     out, memory = _guarded(m, n)
-    w8a8_kernel.launch(codes, weight, x_scale, w_scale, None, None, None, out)
+    w8a8_launch.launch(codes, weight, x_scale, w_scale, None, None, None, out)
     for rows in (slice(0, 64), slice(65535, 65537), slice(m - 64, m)):
         acc = w8a8_reference.int_matmul(codes[rows], weight)
         expected = w8a8_reference.epilogue(
@@ -195,7 +195,7 @@ def test_every_w4a16_configuration(bits: int, group_size: int) -> None:
     exact = x.double() @ layer.exact.T
     for config in Form(bits, 2, 128, group_size).rule:
         out = torch.empty(200, 520, dtype=BF16, device="cuda")
-        w4a16_kernel.launch(x, *weight, None, out, bits=bits, group_size=group_size, config=config)
+        w4a16_launch.launch(x, *weight, None, out, bits=bits, group_size=group_size, config=config)
         assert_as_accurate_as_torch(out, exact, F.linear(x, layer.rounded))
 
 

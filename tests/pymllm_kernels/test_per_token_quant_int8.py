@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pymllm_kernels import per_token_quant_int8, per_token_quant_int8_asym, static_quant_int8
-from pymllm_kernels.per_token_quant_int8 import kernel, reference
+from pymllm_kernels.per_token_quant_int8 import launch as launches
+from pymllm_kernels.per_token_quant_int8 import reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SIZES = [(1, 1), (3, 17), (5, 1025), (2, 5137), (3, 8193), (70, 64)]
@@ -20,7 +21,7 @@ def launch(x: torch.Tensor, symmetric: bool = True) -> tuple[torch.Tensor, ...]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     zero = None if symmetric else torch.empty(m, dtype=torch.int32, device=x.device)
-    kernel.launch_dynamic(x, codes, scale, zero)
+    launches.launch_dynamic(x, codes, scale, zero)
     return (codes, scale) if zero is None else (codes, scale, zero)
 
 
@@ -104,7 +105,7 @@ def test_static(triton_device: str, dtype: torch.dtype, zero: int | None) -> Non
     scale = torch.tensor([0.0173], device=triton_device)
     point = None if zero is None else torch.tensor([zero], dtype=torch.int32, device=triton_device)
     codes = torch.empty(x.shape, dtype=torch.int8, device=triton_device)
-    kernel.launch_static(x, codes, scale, point)
+    launches.launch_static(x, codes, scale, point)
     assert torch.equal(codes, reference.static_quant_int8(x, scale, point))
     assert codes[0, :3].tolist() == [zero or 0, 127, -128]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pymllm_kernels import LinearProblem, device_facts, select_kernel, w8a8_int8_gemm
-from pymllm_kernels.w8a8_int8 import kernel, reference, tuning
+from pymllm_kernels.w8a8_int8 import launch, reference, tuning
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -115,7 +115,7 @@ def test_every_configuration_gives_the_same_bits(triton_device: str, config: tun
     outs = []
     for chosen in (config, tuning._RULE[-1]):
         out = torch.empty(150, 130, device=triton_device)
-        kernel.launch(
+        launch.launch(
             case.codes, case.weight, case.x_scale, case.w_scale, case.x_zero, case.column_sum,
             case.bias, out, config=chosen,
         )  # fmt: skip

@@ -6,6 +6,7 @@ import threading
 
 import torch
 
+from pymllm_kernels.common.cuda import raw_stream
 from pymllm_kernels.device import device_facts
 
 # Programs of a grid times their consumers: one of each a multiprocessor and warpgroup at most.
@@ -29,7 +30,7 @@ def counters(device: torch.device) -> torch.Tensor:
             recorded instead of done.
     """
     index = device.index if device.index is not None else torch.cuda.current_device()
-    key = (index, torch.cuda.current_stream(index).cuda_stream)
+    key = (index, raw_stream(index))
     place = _places.get(key)
     return _new_place(index, key) if place is None else place
 

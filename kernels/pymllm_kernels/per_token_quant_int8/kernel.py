@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
@@ -15,8 +14,6 @@ _ROUND = tl.constexpr(12582912.0)
 _TINY = tl.constexpr(TINY)
 _TINY_FACTOR = tl.constexpr(TINY_FACTOR)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
-# A row of up to this many values is held in registers and read once.
-_MAX_BLOCK = 32768
 
 
 @triton.jit
@@ -148,8 +145,8 @@ def _quantize_asymmetric(
             tl.store(out_ptr + k, code, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["counters"])
-def _per_token_quant_kernel(
+@triton.jit
+def per_token_quant_kernel(
     x_ptr,  # [M, K], any strides
     codes_ptr,  # int8 [M, K]
     scale_ptr,  # fp32 [M]
@@ -174,8 +171,8 @@ def _per_token_quant_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["counters"])
-def _static_quant_kernel(
+@triton.jit
+def static_quant_kernel(
     x_ptr,  # [M, K], any strides
     codes_ptr,  # int8 [M, K]
     scale_ptr,  # fp32 [1]
@@ -196,65 +193,3 @@ def _static_quant_kernel(
         v = _load_row(x_ptr + row * stride_xm, k, K, stride_xk)
         code = _add_zero(_round_to_int8_range(tl.div_rn(v, scale)), shift)
         tl.store(codes_ptr + row * stride_cm + k, code, mask=k < K)
-
-
-def launch_dynamic(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    *,
-    counters: torch.Tensor | None = None,
-    pdl: bool = False,
-) -> None:
-    """Fills ``codes [M, K]``, ``scale [M]`` and, if asymmetric, ``zero [M]`` from ``x [M, K]``.
-
-    Args:
-        x: floating, any strides.
-        codes: int8.
-        scale: fp32.
-        zero: int32 or ``None``.
-        counters: int32 to be set to 0 for the kernel that follows.
-        pdl: whether that kernel, if launched for it, may start at once.
-    """
-    m, k = x.shape
-    if m == 0:
-        return
-    block, warps = launch_parameters(k)
-    _per_token_quant_kernel[(m,)](
-        x, codes, scale, zero, counters, k, x.stride(0), x.stride(1), codes.stride(0),
-        0 if counters is None else counters.numel(),
-        BLOCK_K=block, ONE_BLOCK=k <= block, PDL=pdl, num_warps=warps,
-        # A fused multiply-add would skip the rounding of the product before rint.
-        enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def launch_static(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    *,
-    counters: torch.Tensor | None = None,
-    pdl: bool = False,
-) -> None:
-    """Fills ``codes [M, K]`` from ``x [M, K]`` with one scale and zero point for the tensor."""
-    m, k = x.shape
-    if m == 0:
-        return
-    block, warps = launch_parameters(k)
-    _static_quant_kernel[(m,)](
-        x, codes, scale, zero, counters, k, x.stride(0), x.stride(1), codes.stride(0),
-        0 if counters is None else counters.numel(),
-        BLOCK_K=block, PDL=pdl, num_warps=warps, enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def launch_parameters(k: int) -> tuple[int, int]:
-    """(BLOCK_K, num_warps) of a row of ``k`` values: 32 values a thread up to 16384, then 64.
-
-    On an H200, 4096 values take 2.0 us with 4 warps, 2.1 with 8 and 2.3 with 16.
-    """
-    block = min(max(triton.next_power_of_2(k), 256), _MAX_BLOCK)
-    return block, min(max(block // 1024, 1), 16)

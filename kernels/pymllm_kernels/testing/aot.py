@@ -9,8 +9,10 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from pymllm_kernels.common.specialization import Specialization
 
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -19,26 +21,8 @@ _MESSAGE = re.compile(r"\(C\d{4}\)|\bwarning\b|\bwgmma\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class AotCase:
-    """One specialization of a kernel.
-
-    `signature` gives the Triton type of every argument that is not a constexpr; `constexprs` has
-    the others, absent pointers (None) among them.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    divisible_by_16: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class CompiledCode:
-    """What the compiler made of an `AotCase` for one target.
+    """What the compiler made of a `Specialization` for one target.
 
     `registers` is per thread.  `messages` are the remarks of ptxas, on serialised wgmma for one.
     """
@@ -64,7 +48,7 @@ class CompiledCode:
 class AotError(RuntimeError):
     """A kernel did not compile."""
 
-    def __init__(self, case: AotCase, target: str, message: str) -> None:
+    def __init__(self, case: Specialization, target: str, message: str) -> None:
         super().__init__(f"{case.name} does not compile for {target}: {message}")
 
 
@@ -77,7 +61,7 @@ class _Resources:
     messages: tuple[str, ...] = ()
 
 
-def compile_for(case: AotCase, target: str) -> CompiledCode:
+def compile_for(case: Specialization, target: str) -> CompiledCode:
     """Compile a case for "sm_90", "gfx942" and the like.
 
     Raises AotError with the compiler's message.  Triton's cache is not read, so that the log of
@@ -95,16 +79,10 @@ def compile_for(case: AotCase, target: str) -> CompiledCode:
             f"got {type(case.kernel).__name__}",
         )
     gpu = _gpu_target(case, target)
-    source = _source_class(case.kernel)(
-        case.kernel,
-        _full_signature(case, target),
-        constexprs=dict(case.constexprs),
-        attrs={
-            (case.kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-            for name in case.divisible_by_16
-        },
-    )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    try:
+        source = case.source()
+    except ValueError as error:
+        raise AotError(case, target, str(error)) from None
     stdout = io.StringIO()
     with _captured_stderr() as stderr:
         try:
@@ -115,20 +93,10 @@ def compile_for(case: AotCase, target: str) -> CompiledCode:
             ):
                 knobs.compilation.always_compile = True
                 knobs.nvidia.dump_ptxas_log = True
-                compiled = triton.compile(source, target=gpu, options=options)
+                compiled = triton.compile(source, target=gpu, options=case.compiler_options())
         except Exception as error:
             raise AotError(case, target, f"{error!s}\n{stderr.text()}".strip()) from error
     return _compiled_code(target, compiled, stdout.getvalue())
-
-
-def _source_class(kernel: Any) -> Any:
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        return GluonASTSource
-    from triton.compiler import ASTSource
-
-    return ASTSource
 
 
 def _compiled_code(target: str, compiled: Any, log: str) -> CompiledCode:
@@ -149,7 +117,7 @@ def _compiled_code(target: str, compiled: Any, log: str) -> CompiledCode:
     )
 
 
-def _gpu_target(case: AotCase, target: str) -> Any:
+def _gpu_target(case: Specialization, target: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
     if match := re.fullmatch(r"sm_(\d+)", target):
@@ -159,21 +127,6 @@ def _gpu_target(case: AotCase, target: str) -> Any:
     if re.fullmatch(r"gfx1\w+", target):
         return GPUTarget("hip", target, 32)
     raise AotError(case, target, 'a target reads "sm_90" or "gfx942"')
-
-
-def _full_signature(case: AotCase, target: str) -> dict[str, str]:
-    names = case.kernel.arg_names
-    given = {**dict.fromkeys(case.constexprs, "constexpr"), **case.signature}
-    both = sorted(set(case.signature) & set(case.constexprs))
-    missing = [name for name in names if name not in given]
-    unknown = sorted({*given, *case.divisible_by_16} - set(names))
-    if both or missing or unknown:
-        raise AotError(
-            case,
-            target,
-            f"arguments missing: {missing}, unknown: {unknown}, typed and constexpr: {both}",
-        )
-    return {name: given[name] for name in names}
 
 
 def _nvidia_resources(log: str) -> _Resources:

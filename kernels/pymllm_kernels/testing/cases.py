@@ -9,19 +9,18 @@ from operator import itemgetter
 import torch
 
 from pymllm_kernels.common.sharing import STREAM_K
+from pymllm_kernels.common.specialization import Specialization
 from pymllm_kernels.device import DeviceFacts, planned_device
-from pymllm_kernels.per_token_quant_int8 import kernel as quant_kernel
-from pymllm_kernels.testing.aot import AotCase
-from pymllm_kernels.w4a16 import kernel as w4a16_kernel
+from pymllm_kernels.per_token_quant_int8 import launch as quant_launch
+from pymllm_kernels.w4a16 import launch as w4a16_launch
 from pymllm_kernels.w4a16.hopper_tuning import HopperConfig as HopperW4A16Config
 from pymllm_kernels.w4a16.tuning import Config, Form, choose_config
-from pymllm_kernels.w8a8_int8 import kernel as w8a8_kernel
+from pymllm_kernels.w8a8_int8 import launch as w8a8_launch
 from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, plan_launch
 from pymllm_kernels.w8a8_int8.hopper_tuning import candidates as hopper_candidates
 from pymllm_kernels.w8a8_int8.hopper_tuning import choose_config as choose_hopper_config
 from pymllm_kernels.w8a8_int8.tuning import choose_config as choose_w8a8_config
 
-_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _TOKENS = (1, 17, 64, 4096)
 
 
@@ -67,7 +66,7 @@ def target_device(target: str) -> DeviceFacts:
     return planned_device(f"{number[:-1]}.{number[-1]}")
 
 
-def w4a16_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotCase]:
+def w4a16_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specialization]:
     """The weight-only GEMM: every variant at the tile of each number of tokens."""
     device = target_device(target)
     for variant in W4A16_VARIANTS:
@@ -77,95 +76,33 @@ def w4a16_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotC
             yield _w4a16_case(variant, form, config, device)
 
 
-def _w4a16_case(variant: W4A16Variant, form: Form, config: Config, device: DeviceFacts) -> AotCase:
-    constants = w4a16_kernel.kernel_constants(form, config, variant.k, variant.dtype, device)
-    pointer = _POINTER[variant.dtype]
-    optional = {
-        "perm_ptr": "*i32" if variant.act_order else None,
-        "zero_ptr": "*i8" if variant.zero else None,
-        "group_ptr": "*i32" if variant.group_index else None,
-        "bias_ptr": pointer,
-    }
-    signature = {
-        "x_ptr": pointer,
-        "weight_ptr": "*i16" if variant.bits == 4 else "*i8",
-        "scale_ptr": pointer,
-        "out_ptr": pointer,
-        **{name: kind for name, kind in optional.items() if kind is not None},
-        **dict.fromkeys(("M", "N", "K", "groups", "stride_xm", "stride_wb", "stride_om"), "i32"),
-    }
-    constants["stride_xk"] = 1
-    constants.update({name: None for name, kind in optional.items() if kind is None})
-    aligned = [name for name in signature if name.endswith("_ptr") or name == "stride_wb"]
-    if variant.k % 16 == 0:
-        aligned += ["N", "K", "stride_xm", "stride_om"]
-    return AotCase(
-        f"w4a16-{variant.name}-{config.block_m}x{config.block_n}",
-        w4a16_kernel._w4a16_gemm_kernel,
-        signature,
-        constants,
-        config.num_warps,
-        config.num_stages,
-        tuple(aligned),
-    )
+def _w4a16_case(
+    variant: W4A16Variant, form: Form, config: Config, device: DeviceFacts
+) -> Specialization:
+    key = w4a16_launch.TritonForm(
+        form, config, variant.dtype, variant.dtype, variant.zero, variant.act_order, variant.dtype,
+        device.type, even=variant.k % form.block_k == 0, aligned=variant.k % 16 == 0,
+    )  # fmt: skip
+    tile = f"{config.block_m}x{config.block_n}"
+    return replace(w4a16_launch.specialization(key), name=f"w4a16-{variant.name}-{tile}")
 
 
 def w4a16_hopper_case(
     variant: W4A16Variant, config: HopperW4A16Config, bias: bool = True
-) -> AotCase:
+) -> Specialization:
     """One form of the weight-only GEMM for Hopper."""
     # Gluon kernels are imported where they are compiled: other targets do without them.
-    from pymllm_kernels.common.gluon_hopper import tile_layout
-    from pymllm_kernels.w4a16 import hopper, hopper_launch
+    from pymllm_kernels.w4a16.hopper_launch import HopperLayer, specialization
 
-    def box(dtype: torch.dtype, *shape: int) -> str:
-        kind = {torch.int16: "i16", torch.int8: "i8"}.get(dtype) or _POINTER[dtype][1:]
-        one_row = len(shape) == 1
-        layout = hopper_launch.row_layout(dtype) if one_row else tile_layout(*shape, dtype)
-        return f"tensordesc<{kind}{list(shape)},{layout!r}>"
-
-    form = hopper_launch.form_of(
-        variant.block_k, variant.group_size, variant.dtype, variant.dtype, not variant.zero
-    )
-    slice_k = variant.block_k // 4
-    pointer = _POINTER[variant.dtype]
-    shared = config.share != 1
-    optional = {
-        "zero_desc": box(torch.int8, config.block_n) if variant.zero else None,
-        "out_desc": (
-            box(variant.dtype, config.block_m // config.out_parts, config.rows)
-            if config.out_parts
-            else None
-        ),
-        "bias_ptr": pointer if bias else None,
-        "part_ptr": "*fp32" if shared else None,
-        "count_ptr": "*i32" if shared else None,
-    }
-    sizes = ("M", "N", "groups", "tiles_m", "tiles_n", "whole", "steps", "stride_om")
-    signature = {
-        "x_desc": box(variant.dtype, config.block_m, 2 * slice_k),
-        "weight_desc": box(torch.int16, config.block_n, slice_k),
-        "scale_desc": box(variant.dtype, config.block_n),
-        "out_ptr": pointer,
-        **{name: kind for name, kind in optional.items() if kind is not None},
-        **dict.fromkeys(sizes, "i32"),
-    }
-    return AotCase(
-        f"w4a16-hopper-{variant.name}-{config.block_m}x{config.block_n}-share{config.share}",
-        hopper.w4a16_gemm_hopper,
-        signature,
-        {
-            **hopper_launch.kernel_constants(config, form, variant.group_size, variant.dtype),
-            **{name: None for name, kind in optional.items() if kind is None},
-        },
-        num_warps=4,
-        num_stages=3,
-        divisible_by_16=(*(n for n in signature if n.endswith("_ptr")), "stride_om"),
-        options={"maxnreg": hopper_launch.LAUNCH_REGISTERS[config.consumers]},
-    )
+    layer = HopperLayer(
+        4096, variant.k, variant.block_k, variant.group_size, variant.dtype, variant.dtype,
+        variant.zero, variant.dtype if bias else None,
+    )  # fmt: skip
+    form = specialization(layer, config)
+    return replace(form, name=f"{form.name}-{variant.name}")
 
 
-def w4a16_hopper_cases() -> Iterator[AotCase]:
+def w4a16_hopper_cases() -> Iterator[Specialization]:
     """The weight-only GEMM for Hopper: every measured tile, shared and not, and other groups."""
     from pymllm_kernels.w4a16.hopper_tuning import HopperForm, candidates
 
@@ -181,43 +118,21 @@ def w4a16_hopper_cases() -> Iterator[AotCase]:
             yield w4a16_hopper_case(variant, tiles[block_m])
 
 
-def w8a8_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotCase]:
+def w8a8_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specialization]:
     """The int8 GEMM with and without zero points, K even and ragged."""
     device = target_device(target)
-    for name, k, optional in (
-        ("plain", 4096, {}),
-        ("zero-bias", 4096, {"x_zero_ptr": "*i32", "column_sum_ptr": "*i32", "bias_ptr": "*bf16"}),
-        ("ragged-K", 4090, {}),
+    for name, k, odd in (
+        ("plain", 4096, False),
+        ("zero-bias", 4096, True),
+        ("ragged-K", 4090, False),
     ):
         for config in dict.fromkeys(choose_w8a8_config(m, k, device) for m in tokens):
-            signature = {
-                "x_ptr": "*i8",
-                "weight_ptr": "*i8",
-                "x_scale_ptr": "*fp32",
-                "w_scale_ptr": "*fp32",
-                "out_ptr": "*bf16",
-                **optional,
-                **dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om"), "i32"),
-            }
-            absent = {"x_zero_ptr", "column_sum_ptr", "bias_ptr"} - set(optional)
-            constants = {
-                **w8a8_kernel.kernel_constants(k, config),
-                **dict.fromkeys(absent),
-                "stride_xs": 1,
-                "stride_ws": 1,
-            }
-            aligned = [n for n in signature if n.endswith("_ptr")]
-            if k % 16 == 0:
-                aligned += ["N", "K", "stride_xm", "stride_wn", "stride_om"]
-            yield AotCase(
-                f"w8a8_int8-{name}-{config.block_m}x{config.block_n}",
-                w8a8_kernel._w8a8_int8_gemm_kernel,
-                signature,
-                constants,
-                config.num_warps,
-                config.num_stages,
-                tuple(aligned),
-            )
+            key = w8a8_launch.TritonForm(
+                config, torch.bfloat16, zero=odd, bias=torch.bfloat16 if odd else None,
+                even=k % config.block_k == 0, aligned=k % 16 == 0,
+            )  # fmt: skip
+            tile = f"{config.block_m}x{config.block_n}"
+            yield replace(w8a8_launch.specialization(key), name=f"w8a8_int8-{name}-{tile}")
 
 
 def w8a8_hopper_case(
@@ -227,61 +142,20 @@ def w8a8_hopper_case(
     zero: bool = False,
     bias: bool = False,
     pdl: bool = True,
-) -> AotCase:
+) -> Specialization:
     """One form of the int8 GEMM for Hopper."""
     # Gluon kernels are imported where they are compiled: other targets do without them.
-    from pymllm_kernels.common.gluon_hopper import tile_layout
-    from pymllm_kernels.w8a8_int8 import hopper, hopper_launch
+    from pymllm_kernels.w8a8_int8.hopper_launch import HopperLayer, specialization
 
-    def descriptor(kind: str, rows: int, columns: int, element: torch.dtype) -> str:
-        layout = tile_layout(rows, columns, element)
-        return f"tensordesc<{kind}{[rows, columns]},{layout!r}>"
-
-    pointer = _POINTER[dtype]
-    shared = config.share != 1
-    optional = {
-        "x_zero_ptr": "*i32" if zero else None,
-        "column_sum_ptr": "*i32" if zero else None,
-        "bias_ptr": pointer if bias else None,
-        "part_ptr": "*i32" if shared else None,
-        "count_ptr": "*i32" if shared else None,
-    }
-    signature = {
-        "x_desc": descriptor("i8", config.tokens, config.block_k, torch.int8),
-        "weight_desc": descriptor("i8", config.block_n, config.block_k, torch.int8),
-        "out_desc": descriptor(pointer[1:], *config.out_block, dtype),
-        "out_ptr": pointer,
-        "x_scale_ptr": "*fp32",
-        "w_scale_ptr": "*fp32",
-        "stride_om": "i32",
-        "whole": "i32",
-        **{name: kind for name, kind in optional.items() if kind is not None},
-    }
-    absent = {name: None for name, kind in optional.items() if kind is None}
-    way = "whole" if not shared else "meet" if config.meet else "shared"
-    odd = "-zero" * zero + "-bias" * bias
-    return AotCase(
-        f"w8a8_int8-hopper-{config.tokens}x{config.block_n}-{way}{odd}",
-        hopper.w8a8_int8_hopper_kernel,
-        signature,
-        {
-            **hopper_launch.kernel_constants(config, pdl),
-            **absent,
-            "stride_xs": 1,
-            "stride_ws": 1,
-        },
-        num_warps=4,
-        num_stages=3,
-        divisible_by_16=(*(name for name in signature if name.endswith("_ptr")), "stride_om"),
-        options={"maxnreg": config.registers[0]},
-    )
+    layer = HopperLayer(4096, 4096, dtype, zero=zero, bias=dtype if bias else None)
+    return specialization(layer, config, dependent=pdl)
 
 
 # (N, K) whose tiles go to programs whole, evenly, or in runs.
 _HOPPER_SHAPES = ((4096, 4096), (8192, 28672), (28672, 4096), (4096, 14336))
 
 
-def w8a8_hopper_cases(tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotCase]:
+def w8a8_hopper_cases(tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specialization]:
     """The int8 GEMM for Hopper, plain and with zero points and bias, at the rule's tiles.
 
     And the cheapest form whose tiles are shared for each number of tokens: the rule may take none.
@@ -306,40 +180,16 @@ def w8a8_hopper_cases(tokens: tuple[int, ...] = _TOKENS) -> Iterator[AotCase]:
         yield w8a8_hopper_case(config, zero=True, bias=True, pdl=pdl)
 
 
-def quant_cases() -> Iterator[AotCase]:
+def quant_cases() -> Iterator[Specialization]:
     """Activation quantization: dynamic (one block and several, both kinds) and static."""
     for k in (4096, 28672):
-        block, warps = quant_kernel.launch_parameters(k)
-        for zero in (None, "*i32"):
+        for zero in (False, True):
             for static in (False, True):
-                signature = {
-                    "x_ptr": "*bf16",
-                    "codes_ptr": "*i8",
-                    "scale_ptr": "*fp32",
-                    **({} if zero is None else {"zero_ptr": zero}),
-                    **dict.fromkeys(("K", "stride_xm", "stride_cm", "counters"), "i32"),
-                }
-                constants: dict[str, object] = {"BLOCK_K": block, "stride_xk": 1, "PDL": False}
-                constants["counters_ptr"] = None
-                if zero is None:
-                    constants["zero_ptr"] = None
-                if not static:
-                    constants["ONE_BLOCK"] = k <= block
-                yield AotCase(
-                    f"quant-{'static' if static else 'dynamic'}-{zero or 'symmetric'}-{k}",
-                    quant_kernel._static_quant_kernel
-                    if static
-                    else quant_kernel._per_token_quant_kernel,
-                    signature,
-                    constants,
-                    warps,
-                    3,
-                    tuple(name for name in signature if name != "counters"),
-                    {"enable_fp_fusion": False},
-                )
+                form = quant_launch.form_of(torch.bfloat16, k, k, 1, 0, static=static, zero=zero)
+                yield quant_launch.specialization(form)
 
 
-def all_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> list[AotCase]:
+def all_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> list[Specialization]:
     """Every kernel of the library at the tiles that ``tokens`` take on ``target``."""
     cases = [*w4a16_cases(target, tokens), *w8a8_cases(target, tokens), *quant_cases()]
     if target == "sm_90":

@@ -30,7 +30,7 @@ class Toy(Tunable):
 
     operation = "toy"
     kernels: ClassVar = {"tile": Tile}
-    sources = ("pymllm_kernels.w4a16.kernel:_w4a16_gemm_kernel",)
+    sources = ("pymllm_kernels.w4a16.kernel:w4a16_gemm_kernel",)
 
     def rule(self, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
         return Tile(8)

@@ -123,32 +123,6 @@ def w4a16_gemm(
     return out
 
 
-def w4a16_gemm_hopper(
-    x: torch.Tensor,
-    weight: W4A16Weight,
-    bias: torch.Tensor | None = None,
-    *,
-    group_size: int,
-) -> torch.Tensor:
-    """``x @ W.T + bias`` with an int4 weight on a GPU of capability 9.0.
-
-    The same as :func:`w4a16_gemm` for fewer layers: N a multiple of 16, K of 8, groups that divide
-    or are divided by the layout's block (``providers.HopperW4A16`` has the rule). Up to 32 tokens
-    the weights enter the product as exact integers; from 33 on each is scaled and rounded to
-    ``x``'s dtype where that is faster.
-
-    Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
-    """
-    check_arguments(x, weight, bias, 4, group_size)
-    if weight.group_index is not None:
-        raise ValueError("weight: found groups that a slice of the layout spans, not accepted here")
-    out: torch.Tensor = torch.ops.pymllm_kernels.w4a16_gemm_hopper(
-        x, weight.weight, weight.scale, weight.zero, weight.input_perm, bias, group_size
-    )
-    return out
-
-
 def check_arguments(
     x: torch.Tensor,
     weight: W4A16Weight,

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pymllm_kernels.common.cuda import raw_stream
 from pymllm_kernels.common.gluon_hopper import GLUON_DTYPE, tile_layout
+from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
+from pymllm_kernels.common.sharing import STREAM_K
+from pymllm_kernels.common.specialization import Specialization, box_type, pointer_type
 from pymllm_kernels.common.workspace import counters
 from pymllm_kernels.device import device_facts
+from pymllm_kernels.tuning import TuningKey, resolve, state
 from pymllm_kernels.w4a16.hopper import w4a16_gemm_hopper
-from pymllm_kernels.w4a16.hopper_tuning import (
-    HopperConfig,
-    HopperForm,
-    choose_config,
-    plan,
-)
+from pymllm_kernels.w4a16.hopper_tuning import HopperConfig, HopperForm, plan
+from pymllm_kernels.w4a16.tunable import HOPPER, hopper_key
 
 _ONE_GROUP = 2**30
 # Registers of a thread by the number of consumers: of the whole block at launch, and of a consumer
 # once the producer has given up its own. 65,536 over 12 or 20 warps, 4 of them the producer's.
-LAUNCH_REGISTERS = {2: 168, 4: 96}
+_LAUNCH_REGISTERS = {2: 168, 4: 96}
 _CONSUMER_REGISTERS = {2: 240, 4: 112}
+# One a layer shape and number of tokens; a server that meets more starts anew.
+_MOST_PREPARED = 65536
 
 
 def form_of(
@@ -32,6 +36,107 @@ def form_of(
     """The form of a layer."""
     runs = 1 if group_size == -1 or group_size >= block_k else block_k // group_size
     return HopperForm(block_k, runs, scale.itemsize + (not symmetric), act == scale)
+
+
+class HopperLayer(NamedTuple):
+    """What of a layer its compiled kernels and its launches depend on.
+
+    Attributes:
+        n: output features.
+        k: input features.
+        block_k: block of the weight layout, 64 or 128.
+        group_size: inputs a scale, -1 for one scale a row.
+        act: dtype of the activations.
+        scale: dtype of the scales.
+        zero: whether there are zero points.
+        bias: dtype of the bias, ``None`` for none.
+    """
+
+    n: int
+    k: int
+    block_k: int
+    group_size: int
+    act: torch.dtype
+    scale: torch.dtype
+    zero: bool
+    bias: torch.dtype | None
+
+    @property
+    def form(self) -> HopperForm:
+        """What the choice of the configuration depends on."""
+        return form_of(self.block_k, self.group_size, self.act, self.scale, not self.zero)
+
+    @property
+    def tuning_key(self) -> TuningKey:
+        """Under which its configurations are stored."""
+        return hopper_key(
+            self.n, self.k, self.group_size, self.act, self.scale, symmetric=not self.zero
+        )
+
+    @property
+    def groups(self) -> int:
+        """Rows of scales."""
+        return 1 if self.group_size == -1 else self.k // self.group_size
+
+
+def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
+    """The compiled form that runs a layer with a configuration; equal for many N, K and M."""
+    slice_k = layer.block_k // 4
+    shared = config.share != 1
+    pointer = pointer_type(layer.act)
+    optional = {
+        "zero_desc": _row_type(torch.int8, config.block_n) if layer.zero else None,
+        "out_desc": (
+            _tile_type(layer.act, config.block_m // config.out_parts, config.rows)
+            if config.out_parts
+            else None
+        ),
+        "bias_ptr": None if layer.bias is None else pointer_type(layer.bias),
+        "part_ptr": "*fp32" if shared else None,
+        "count_ptr": "*i32" if shared else None,
+    }
+    sizes = ("M", "N", "groups", "tiles_m", "tiles_n", "whole", "steps", "stride_om")
+    signature = {
+        "x_desc": _tile_type(layer.act, config.block_m, 2 * slice_k),
+        "weight_desc": _tile_type(torch.int16, config.block_n, slice_k),
+        "scale_desc": _row_type(layer.scale, config.block_n),
+        "out_ptr": pointer,
+        **{name: kind for name, kind in optional.items() if kind is not None},
+        **dict.fromkeys(sizes, "i32"),
+    }
+    constants = {
+        "GROUP_SIZE": _ONE_GROUP if layer.group_size == -1 else layer.group_size,
+        "SLICE_K": slice_k,
+        "RUNS": layer.form.runs,
+        "HALF": GLUON_DTYPE[layer.act],
+        "SCALE_WEIGHTS": config.scale_weights,
+        "BLOCK_M": config.block_m,
+        "ROWS": config.rows,
+        "CONSUMERS": config.consumers,
+        "SLOTS": config.slots,
+        "SPAN": config.span,
+        "GROUP_M": config.group_m,
+        "OUT_PARTS": config.out_parts,
+        "SHARE": shared,
+        "MEET": shared and config.meet,
+        "REGISTERS": _CONSUMER_REGISTERS[config.consumers],
+    }
+    return Specialization(
+        f"w4a16-hopper-{config.block_m}x{config.block_n}{'-shared' * shared}",
+        w4a16_gemm_hopper,
+        signature,
+        {**constants, **{name: None for name, kind in optional.items() if kind is None}},
+        num_warps=4,
+        # A bias may be a view that starts anywhere; rows of the output are multiples of 16 features.
+        divisible_by_16=(
+            *(name for name in signature if name.endswith("_ptr") and name != "bias_ptr"),
+            "stride_om",
+        ),
+        options={
+            "maxnreg": _LAUNCH_REGISTERS[config.consumers],
+            "launch_cooperative_grid": shared and config.meet,
+        },
+    )
 
 
 def launch(
@@ -45,58 +150,117 @@ def launch(
     group_size: int,
     config: HopperConfig | None = None,
 ) -> None:
-    """Fills ``out [M, N]`` from ``x [M, K]``; whether the layer fits is the caller's duty.
+    """Fills a contiguous ``out [M, N]`` from ``x [M, K]`` on the current device.
 
-    An ``x`` that TMA cannot read (rows not contiguous or not on 16 bytes) is copied first.
+    Whether the layer fits is the caller's duty. An ``x`` that TMA cannot read (rows not contiguous
+    or not on 16 bytes) is copied first.
     """
     m, k = x.shape
-    n = weight.shape[1]
+    _, n, slice_k = weight.shape
     if m == 0:
         return
-    form = form_of(4 * weight.shape[2], group_size, x.dtype, scale.dtype, zero is None)
-    facts = device_facts(x.device)
-    if config is None:
-        config = choose_config(m, n, k, form, facts.multiprocessors, facts.shared_memory)
-    grid = plan(config, m, n, k, form, facts.multiprocessors)
-    if grid is None:
-        raise ValueError(
-            f"config: found {config}, which cannot share the tiles of [{m}, {k}] x {n}"
-        )
-    part = count = None
-    if config.share != 1:
-        part = torch.empty(grid.part_elements(config), dtype=torch.float32, device=x.device)
-        count = counters(x.device)
-    w4a16_gemm_hopper[(grid.programs,)](
-        *_descriptors(_readable(x), weight, scale, zero, out, config),
-        out, bias, part, count,
-        m, n, scale.shape[0], grid.tiles_m, grid.tiles_n, grid.whole, grid.steps, out.stride(0),
-        **kernel_constants(config, form, group_size, x.dtype),
-        num_warps=4, maxnreg=LAUNCH_REGISTERS[config.consumers],
-        launch_cooperative_grid=config.share != 1 and config.meet,
+    x = _readable(x)
+    layer = HopperLayer(
+        n, k, 4 * slice_k, group_size, x.dtype, scale.dtype, zero is not None,
+        None if bias is None else bias.dtype,
     )  # fmt: skip
+    # The stride of a single row may be anything.
+    stride = x.stride(0) if m > 1 else k
+    key = (layer, m, stride, x.device.index, config, state.generation)
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        if len(_PREPARED) >= _MOST_PREPARED:
+            _PREPARED.clear()
+        prepared = _PREPARED[key] = _Prepared(layer, m, stride, x.device, config)
+    prepared(x, weight, scale, zero, bias, out)
 
 
-def kernel_constants(
-    config: HopperConfig, form: HopperForm, group_size: int, dtype: torch.dtype
-) -> dict[str, object]:
-    """The compile-time arguments, for the launcher and for compiling ahead of time."""
-    return {
-        "GROUP_SIZE": _ONE_GROUP if group_size == -1 else group_size,
-        "SLICE_K": form.block_k // 4,
-        "RUNS": form.runs,
-        "HALF": GLUON_DTYPE[dtype],
-        "SCALE_WEIGHTS": config.scale_weights,
-        "BLOCK_M": config.block_m,
-        "ROWS": config.rows,
-        "CONSUMERS": config.consumers,
-        "SLOTS": config.slots,
-        "SPAN": config.span,
-        "GROUP_M": config.group_m,
-        "OUT_PARTS": config.out_parts,
-        "SHARE": config.share != 1,
-        "MEET": config.share != 1 and config.meet,
-        "REGISTERS": _CONSUMER_REGISTERS[config.consumers],
-    }
+class _Prepared:
+    """A launch for one shape of a layer and number of tokens, but for the addresses."""
+
+    def __init__(
+        self, layer: HopperLayer, m: int, stride_xm: int, device: torch.device,
+        config: HopperConfig | None,
+    ) -> None:  # fmt: skip
+        n, k = layer.n, layer.k
+        facts = device_facts(device)
+        if config is None:
+            config = resolve(HOPPER, layer.tuning_key, m, facts).config
+        grid = plan(config, m, n, k, layer.form, facts.multiprocessors)
+        if grid is None:
+            raise ValueError(
+                f"config: found {config}, which cannot share the tiles of [{m}, {k}] x {n}"
+            )
+        self._kernel, (weight, scale, zero) = _loaded(layer, compiled_config(config), device)
+        boxes = self._kernel.described
+        self._x = TensorMaps(boxes[0], layer.act, (m, k), (stride_xm, 1))
+        self._weight, self._scale, self._zero = weight, scale, zero
+        self._out = None
+        if config.out_parts:
+            self._out = TensorMaps(boxes[-1], layer.act, (m, n), (n, 1))
+        self._device = device
+        self._programs = grid.programs
+        self._part_elements = grid.part_elements(config)
+        self._bias = layer.bias is not None
+        self._sizes = (m, n, layer.groups, grid.tiles_m, grid.tiles_n, grid.whole, grid.steps, n)
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
+        zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        to = out.data_ptr()
+        maps = [
+            self._x.at(x.data_ptr()),
+            self._weight.at(weight.data_ptr()),
+            self._scale.at(scale.data_ptr()),
+        ]
+        if zero is not None:
+            assert self._zero is not None
+            maps.append(self._zero.at(zero.data_ptr()))
+        if self._out is not None:
+            maps.append(self._out.at(to))
+        addresses = [to]
+        if bias is not None:
+            addresses.append(bias.data_ptr())
+        if self._part_elements:
+            # Kept alive by the stream's order: torch hands it out again to later work only.
+            part = x.new_empty(self._part_elements, dtype=torch.float32)
+            addresses += (part.data_ptr(), counters(self._device).data_ptr())
+        stream = raw_stream(self._device.index)
+        self._kernel.launch(self._programs, stream, maps, (*addresses, *self._sizes))
+
+
+_PREPARED: dict[tuple[object, ...], _Prepared] = {}
+
+
+@functools.cache
+def _loaded(
+    layer: HopperLayer, config: HopperConfig, device: torch.device
+) -> tuple[LoadedKernel, tuple[TensorMaps, TensorMaps, TensorMaps | None]]:
+    """The kernel of a form, and the tensor maps of the layer's own tensors."""
+    kernel = _kernel(compiled_layer(layer), config, device)
+    blocks, rows = -(-layer.k // layer.block_k) * layer.n, layer.groups * layer.n
+    slice_k = layer.block_k // 4
+    boxes = kernel.described
+    weight = TensorMaps(boxes[1], torch.int16, (blocks, slice_k), (slice_k, 1))
+    scale = TensorMaps(boxes[2], layer.scale, (rows,), (1,))
+    zero = TensorMaps(boxes[3], torch.int8, (rows,), (1,)) if layer.zero else None
+    return kernel, (weight, scale, zero)
+
+
+@functools.cache
+def _kernel(layer: HopperLayer, config: HopperConfig, device: torch.device) -> LoadedKernel:
+    return load(specialization(layer, config), device)
+
+
+def compiled_layer(layer: HopperLayer) -> HopperLayer:
+    """The part of a layer that is compiled in: equal layers share their kernels."""
+    return layer._replace(n=0, k=0)
+
+
+def compiled_config(config: HopperConfig) -> HopperConfig:
+    """The part of a configuration that is compiled in: whether tiles are shared, not by how many."""
+    return config if config.share == 1 else replace(config, share=STREAM_K)
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -105,43 +269,11 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x if aligned and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _descriptors(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    out: torch.Tensor,
-    config: HopperConfig,
-) -> tuple[TensorDescriptor | None, ...]:
-    m, k = x.shape
-    blocks, n, slice_k = weight.shape
-    # The row stride of a single row may be anything, and TMA wants one of 16 bytes.
-    stride = x.stride(0) if m > 1 else k
-    out_desc = None
-    if config.out_parts:
-        box = [config.block_m // config.out_parts, config.rows]
-        out_desc = TensorDescriptor(
-            out, [m, n], [out.stride(0), 1], box, tile_layout(*box, out.dtype)
-        )
-    x_box = [config.block_m, 2 * slice_k]
-    weight_box = [config.block_n, slice_k]
-    return (
-        TensorDescriptor(x, [m, k], [stride, 1], x_box, tile_layout(*x_box, x.dtype)),
-        TensorDescriptor(
-            weight, [blocks * n, slice_k], [slice_k, 1], weight_box,
-            tile_layout(*weight_box, weight.dtype),
-        ),
-        _row_descriptor(scale, config.block_n),
-        None if zero is None else _row_descriptor(zero, config.block_n),
-        out_desc,
-    )  # fmt: skip
+def _tile_type(dtype: torch.dtype, rows: int, columns: int) -> str:
+    return box_type(dtype, [rows, columns], tile_layout(rows, columns, dtype))
 
 
-def _row_descriptor(rows: torch.Tensor, block_n: int) -> TensorDescriptor:
-    return TensorDescriptor(rows, [rows.numel()], [1], [block_n], row_layout(rows.dtype))
-
-
-@functools.cache
-def row_layout(dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Shared-memory layout of a row of scales or zero points."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=1)
+def _row_type(dtype: torch.dtype, columns: int) -> str:
+    # Of a row of scales or zero points.
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=1)
+    return box_type(dtype, [columns], layout)

@@ -13,18 +13,10 @@ Groups that a slice of the layout does not fit into take the scale on the weight
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from pymllm_kernels.common.triton_helpers import grouped_tile
-from pymllm_kernels.device import DeviceFacts, device_facts
-from pymllm_kernels.tuning import config_for
-from pymllm_kernels.w4a16.tunable import TRITON, triton_key
-from pymllm_kernels.w4a16.tuning import Config, Form
-
-_TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
 
 # One 32-bit register of two 16-bit words in, four registers of two 16-bit floats out.
 _OR_MAGIC = """{
@@ -103,9 +95,8 @@ def _load_activations(
     return tl.load(pointers, mask=mask, other=0.0).to(COMPUTE)
 
 
-# M changes from call to call: compiling anew for M = 1 or M % 16 == 0 would stall a server.
-@triton.jit(do_not_specialize=["M"])
-def _w4a16_gemm_kernel(
+@triton.jit
+def w4a16_gemm_kernel(
     x_ptr,  # [M, K], any strides
     perm_ptr,  # int32 [K] or None: input of the layer at position k of the weight
     weight_ptr,  # see layout.py, [blocks, N, words]
@@ -200,62 +191,3 @@ def _w4a16_gemm_kernel(
         acc += tl.load(bias_ptr + rn, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     out = out_ptr + rm[None, :] * stride_om + rn[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
-
-
-def launch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    group_index: torch.Tensor | None,
-    input_perm: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    *,
-    bits: int,
-    group_size: int,
-    config: Config | None = None,
-) -> None:
-    """Fills ``out [M, N]`` from ``x [M, K]``; the shapes are the caller's duty (see ``api``)."""
-    m, k = x.shape
-    n = scale.shape[1]
-    if m == 0 or n == 0:
-        return
-    block_k = weight.shape[2] * (4 if bits == 4 else 1)
-    form = Form(bits, block_k, group_size, group_index is not None)
-    facts = device_facts(x.device)
-    if config is None:
-        key = triton_key(bits, n, k, group_size, x.dtype, group_index is not None)
-        config = config_for(TRITON, key, m, facts)
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    _w4a16_gemm_kernel[grid](
-        x, input_perm, weight, scale, zero, group_index, bias, out,
-        m, n, k, scale.shape[0], x.stride(0), x.stride(1), weight.stride(0), out.stride(0),
-        **kernel_constants(form, config, k, x.dtype, facts),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-
-def kernel_constants(
-    form: Form, config: Config, k: int, dtype: torch.dtype, device: DeviceFacts
-) -> dict[str, object]:
-    """The compile-time arguments, for the launcher and for compiling ahead of time.
-
-    The interpreter computes in fp32: its bf16 arithmetic is wrong, and it has no inline assembly. AMD
-    takes the portable path in the activations' dtype.
-    """
-    compute = torch.float32 if device.type == "cpu" else dtype
-    magic = form.bits == 4 and device.type == "cuda"
-    offset = (128.0 if compute == torch.bfloat16 else 1024.0) if magic else 0.0
-    return {
-        "BITS": form.bits,
-        "GROUP_SIZE": form.group_size,
-        "SLICE_K": form.block_k // 4,
-        "COMPUTE": _TRITON_DTYPE[compute],
-        "MAGIC": magic,
-        "OFFSET": offset,
-        "EVEN_K": k % form.block_k == 0,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "GROUP_M": config.group_m,
-    }

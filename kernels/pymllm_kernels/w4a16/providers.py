@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from pymllm_kernels import ops
 from pymllm_kernels.common.packing import unpack_words
 from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
 from pymllm_kernels.common.workspace import reserve_counters
-from pymllm_kernels.problem import LinearKernel, LinearProblem
+from pymllm_kernels.problem import LinearKernel, LinearProblem, check_call
 from pymllm_kernels.tuning import Tunable
 from pymllm_kernels.w4a16 import api, reference
 from pymllm_kernels.w4a16.api import W4A16Weight
@@ -122,7 +123,10 @@ class HopperW4A16(TritonW4A16):
         weight: W4A16Weight,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        return api.w4a16_gemm_hopper(x, weight, bias, group_size=problem.group_size)
+        check_call(x, weight.weight, bias, problem.n)
+        return ops.w4a16_gemm_hopper(
+            x, weight.weight, weight.scale, weight.zero, weight.input_perm, bias, problem.group_size
+        )
 
 
 class CpuInt4Pack(W4A16Kernel):

@@ -74,7 +74,7 @@ class TritonTunable(Tunable):
 
     operation = "triton_w4a16"
     kernels: ClassVar = {"tiles": tuning.Config}
-    sources = ("pymllm_kernels.w4a16.kernel:_w4a16_gemm_kernel",)
+    sources = ("pymllm_kernels.w4a16.kernel:w4a16_gemm_kernel",)
 
     def key_of(self, problem: LinearProblem) -> TuningKey:
         layout = choose_layout(problem.weight_bits, problem.k, problem.group_size)

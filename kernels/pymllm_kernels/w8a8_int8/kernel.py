@@ -1,4 +1,4 @@
-"""The int8 by int8 Triton GEMM and its launcher.
+"""The int8 by int8 Triton GEMM.
 
 ``y[m, n] = s_m * (s_n * float(acc[m, n] - zero_m * colsum_n)) + bias_n`` with the exact int32 ``acc``;
 all of the epilogue is fp32 (the bias joins by one fma) and rounded once to the output's dtype.
@@ -6,15 +6,10 @@ all of the epilogue is fp32 (the bias joins by one fma) and rounded once to the 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from pymllm_kernels.common.triton_helpers import grouped_tile
-from pymllm_kernels.device import device_facts
-from pymllm_kernels.tuning import config_for
-from pymllm_kernels.w8a8_int8.tunable import TRITON, triton_key
-from pymllm_kernels.w8a8_int8.tuning import Config
 
 
 @triton.jit
@@ -26,9 +21,8 @@ def _along(values, SWAP_AXES: tl.constexpr):
         return values[:, None]
 
 
-# M changes from call to call: compiling anew for M = 1 or M % 16 == 0 would stall a server.
-@triton.jit(do_not_specialize=["M"])
-def _w8a8_int8_gemm_kernel(
+@triton.jit
+def w8a8_int8_gemm_kernel(
     x_ptr,  # int8 [M, K]
     weight_ptr,  # int8 [N, K]
     x_scale_ptr,  # fp32, stride_xs = 0: one scale for all rows
@@ -91,44 +85,3 @@ def _w8a8_int8_gemm_kernel(
     out = out_ptr + _along(rm, SWAP) * stride_om + _along(rn, not SWAP)
     mask = _along(mask_m, SWAP) & _along(mask_n, not SWAP)
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def launch(
-    codes: torch.Tensor,
-    weight: torch.Tensor,
-    x_scale: torch.Tensor,
-    w_scale: torch.Tensor,
-    x_zero: torch.Tensor | None,
-    w_column_sum: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    *,
-    config: Config | None = None,
-) -> None:
-    """Fills ``out [M, N]`` from int8 ``codes [M, K]``; the shapes are the caller's duty."""
-    m, k = codes.shape
-    n = weight.shape[0]
-    if m == 0 or n == 0:
-        return
-    if config is None:
-        key = triton_key(n, k, out.dtype)
-        config = config_for(TRITON, key, m, device_facts(codes.device))
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    _w8a8_int8_gemm_kernel[grid](
-        codes, weight, x_scale, w_scale, x_zero, w_column_sum, bias, out,
-        m, n, k, codes.stride(0), weight.stride(0), out.stride(0),
-        int(x_scale.numel() > 1), int(w_scale.numel() > 1),
-        **kernel_constants(k, config), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-
-def kernel_constants(k: int, config: Config) -> dict[str, object]:
-    """The compile-time arguments, for the launcher and for compiling ahead of time."""
-    return {
-        "SWAP": config.swap,
-        "EVEN_K": k % config.block_k == 0,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-    }

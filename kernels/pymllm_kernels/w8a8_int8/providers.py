@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 
+from pymllm_kernels import ops
 from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
 from pymllm_kernels.per_token_quant_int8 import api as quant_api
 from pymllm_kernels.per_token_quant_int8 import reference as quant_reference
-from pymllm_kernels.problem import LinearKernel, LinearProblem
+from pymllm_kernels.problem import LinearKernel, LinearProblem, check_call
 from pymllm_kernels.w8a8_int8 import api, reference
 from pymllm_kernels.w8a8_int8.layout import column_sum
 from pymllm_kernels.w8a8_int8.tunable import HOPPER, TRITON
@@ -112,11 +113,11 @@ class HopperW8A8(W8A8Kernel):
         weight: W8A8Weight,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.pymllm_kernels.w8a8_int8_linear(
+        check_call(x, weight.weight, bias, problem.n)
+        return ops.w8a8_int8_linear(
             x, weight.weight, weight.scale, weight.column_sum, weight.input_scale,
             weight.input_zero, bias, problem.input_symmetric,
         )  # fmt: skip
-        return out
 
 
 class TritonW8A8(W8A8Kernel):

@@ -70,7 +70,7 @@ class TritonTunable(Tunable):
 
     operation = "triton_w8a8_int8"
     kernels: ClassVar = {"tiles": tuning.Config}
-    sources = ("pymllm_kernels.w8a8_int8.kernel:_w8a8_int8_gemm_kernel",)
+    sources = ("pymllm_kernels.w8a8_int8.kernel:w8a8_int8_gemm_kernel",)
 
     def key_of(self, problem: LinearProblem) -> TuningKey:
         return triton_key(problem.n, problem.k, problem.act_dtype)
