@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,29 @@ def unpin(key: TuningKey | None = None, m: int | None = None) -> None:
             if key in (None, place[0]) and (m is None or place[1] == bucket(m)):
                 del _pins[place]
         changed()
+
+
+@contextmanager
+def pinned_for_now(
+    tunable: Tunable, key: TuningKey, config: Any, m: int | None = None
+) -> Iterator[None]:
+    """A pin that ends with the block; what was pinned there before is pinned again.
+
+    Raises:
+        ValueError: as :func:`pin`.
+    """
+    place = (key, None if m is None else bucket(m))
+    before = _pins.get(place)
+    pin(tunable, key, config, m)
+    try:
+        yield
+    finally:
+        with _mutex:
+            if before is None:
+                del _pins[place]
+            else:
+                _pins[place] = before
+            changed()
 
 
 def pinned(key: TuningKey, m: int) -> Any:

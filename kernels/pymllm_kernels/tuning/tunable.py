@@ -55,10 +55,6 @@ class Tunable:
         """A configuration tuned for the bucket as exactly ``m`` tokens take it."""
         return config
 
-    def compiled_form(self, config: Config) -> Config:
-        """Equal for configurations that run the same machine code."""
-        return config
-
     def to_json(self, config: Config) -> dict[str, Any]:
         """The configuration as JSON values, with the name of its class."""
         for name, cls in self.kernels.items():

@@ -61,9 +61,6 @@ class HopperTunable(Tunable):
             return replace(config, share=1)
         return config
 
-    def compiled_form(self, config: Config) -> Config:
-        return replace(config, share=1 if config.share == 1 else STREAM_K)
-
     def _planned(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> bool:
         form, units = hopper_form(key), facts.multiprocessors
         return hopper_tuning.plan(config, m, key.n, key.k, form, units) is not None

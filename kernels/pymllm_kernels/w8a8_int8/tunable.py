@@ -61,9 +61,6 @@ class HopperTunable(Tunable):
             return replace(config, share=1, meet=False)
         return config
 
-    def compiled_form(self, config: Config) -> Config:
-        return replace(config, share=1 if config.share == 1 else STREAM_K)
-
 
 class TritonTunable(Tunable):
     """``triton_w8a8_int8``: the GEMM alone."""
