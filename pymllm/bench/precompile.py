@@ -1,8 +1,8 @@
 """One process of :func:`pymllm.bench.autotune.compile_side_by_side`.
 
 ``python -m pymllm.bench.precompile TASK``; ``TASK`` is JSON: ``{"provider": name, "options": {...},
-"jobs": [[scheme, n, k, group, dtype, device, [m, ...]], ...], "limit": int, "index": int, "count": int}``.
-The last line printed is the JSON list of candidates that do not compile.
+"jobs": [[scheme, n, k, group, dtype, device, [m, ...]], ...], "plan": [limit, failed, tiles], "index": int,
+"count": int}``. The last line printed is the JSON list of candidates that do not compile.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from pymllm.bench.autotune import compiling
+from pymllm.bench.autotune import Plan, compiling
 from pymllm.bench.providers import PROVIDERS
 from pymllm.bench.providers.base import Job, Provider
 
 
 def compile_share(
-    provider: Provider, jobs: list[Job], limit: int, index: int, count: int
+    provider: Provider, jobs: list[Job], plan: Plan, index: int, count: int
 ) -> list[str]:
     """Compiles every ``count``-th candidate of all calls; returns those that do not compile."""
-    with torch.no_grad(), compiling(limit, index, count) as failed:
+    with torch.no_grad(), compiling(plan, index, count) as failed:
         for job in jobs:
             work = job.workload()
             (call,) = provider.build(work, 1)
@@ -38,8 +38,8 @@ def main() -> None:
     provider = next(p for p in PROVIDERS if p.name == task["provider"])
     provider.configure(**task["options"])
     jobs = [Job.from_json(entry) for entry in task["jobs"]]
-    failed = compile_share(provider, jobs, task["limit"], task["index"], task["count"])
-    print(json.dumps(failed))
+    plan = Plan.from_json(task["plan"])
+    print(json.dumps(compile_share(provider, jobs, plan, task["index"], task["count"])))
 
 
 if __name__ == "__main__":

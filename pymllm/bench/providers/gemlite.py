@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from pymllm.bench.autotune import compile_side_by_side, searching
+from pymllm.bench.autotune import Plan, compile_side_by_side, first_round, searching
 from pymllm.bench.providers.base import Description, Job, Linear, Provider, clones, missing
 from pymllm.bench.roof import W4A16
 from pymllm.bench.workload import Workload
 
 PACKAGE = "gemlite"
 AUTOTUNES = ("fast", "max")
-# Its exhaustive lists have 400 to 1,800 candidates a class of M.
+# Its exhaustive lists have 120 to 1,760 candidates a class of M, of 56 to 205 tiles.
 CANDIDATES = 128
 
 
@@ -28,12 +29,12 @@ class GemLite(Provider):
     limit_s = 100.0
 
     def __init__(self) -> None:
-        self._autotune, self._candidates = "fast", 0
+        self._autotune, self._plan = "fast", Plan(CANDIDATES)
         self._applied = False
-        self._failed: set[str] = set()
+        self._found: dict[int, str] = {}
 
     def configure(self, **options: Any) -> None:
-        """``autotune``: "fast" or "max"; ``candidates``: the most of a class that "max" tries."""
+        """``autotune``: "fast" or "max"; ``candidates``: the most of a class that "max" samples."""
         found = {"autotune": "fast", "candidates": CANDIDATES, **options}
         autotune, candidates = found.pop("autotune"), found.pop("candidates")
         if found or autotune not in AUTOTUNES or candidates < 1:
@@ -41,31 +42,41 @@ class GemLite(Provider):
                 f"gemlite: found {options}, accepted autotune of {AUTOTUNES}, candidates > 0"
             )
         self._applied = self._applied and autotune == self._autotune
-        self._autotune, self._candidates, self._failed = autotune, candidates, set()
+        self._autotune, self._plan = autotune, Plan(candidates)
         self.about = type(self).about
         if autotune == "max":
             self.about = (
-                "GemLite (Triton), autotuned over its own exhaustive list (max), at most"
-                f" {candidates} candidates a class"
+                "GemLite (Triton), autotuned over its own exhaustive list (max): at most"
+                f" {candidates} candidates a class, then the best tiles in all their variants"
             )
 
     def warm(self, jobs: Sequence[Job], limit_s: float) -> None:
         if self._autotune != "max" or not jobs:
             return
+        deadline = time.monotonic() + limit_s
         task = {
             "provider": self.name,
-            "options": {"autotune": "max", "candidates": self._candidates},
+            "options": {"autotune": "max", "candidates": self._plan.limit},
             "jobs": [job.to_json() for job in jobs],
-            "limit": self._candidates,
         }
-        self._failed = compile_side_by_side(task, limit_s)
+        compile_side_by_side(task, self._plan, limit_s)
+        for job in jobs:
+            work = job.workload()
+            (call,) = self.build(work, 1)
+            for m in job.tokens:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"searching took longer than {limit_s:.0f} s")
+                x = torch.randn(m, job.k, dtype=job.dtype, device=job.device)
+                first_round(self._plan, partial(call, x))
+        compile_side_by_side(task, self._plan, deadline - time.monotonic())
 
     def prepare(self, calls: list[Linear], x: torch.Tensor) -> None:
         if self._autotune != "max":
             calls[0](x)
             return
-        with searching(self._candidates, self._failed):
+        with searching(self._plan) as searched:
             calls[0](x)
+        self._found[x.shape[0]] = "; ".join(str(tuner.best_config) for tuner in searched.values())
 
     def why_absent(self) -> str | None:
         return missing("gemlite", PACKAGE)
@@ -77,7 +88,11 @@ class GemLite(Provider):
         gemlite: Any = __import__("gemlite")
         if not self._applied:
             gemlite.set_autotune(self._autotune)
+            if self._autotune == "max":
+                # Tiles that it ships for a GPU go before any search.
+                gemlite.reset_config()
             self._applied = True
+        self._found.clear()
         layer = _int4(gemlite, work) if work.scheme == W4A16 else _int8(gemlite, work)
         meta = layer.get_meta_args()
         weight, scale, *rest = [tensor.detach() for tensor in layer.get_tensor_args()]
@@ -90,7 +105,8 @@ class GemLite(Provider):
         ]
 
     def describe(self, work: Workload, m: int) -> Description:
-        return Description(f"autotune {self._autotune}", "tuned")
+        found = self._found.get(m)
+        return Description(f"autotune {self._autotune}{f': {found}' if found else ''}", "tuned")
 
 
 def _forward(x: torch.Tensor, function: Any, tensors: list[torch.Tensor], meta: Any) -> Any:
