@@ -12,6 +12,7 @@ from pymllm.bench.compare import why_not_comparable
 from pymllm.bench.environment import clocks, environment
 from pymllm.bench.measure import HOST_TOKENS
 from pymllm.bench.providers import select
+from pymllm.bench.roof import measure_roof
 from pymllm.bench.run import CPU_COPY_BYTES, default_device
 from pymllm.bench.shapes import CPU_SHAPES, CPU_TOKENS, SHAPES, TOKENS, parse_shape
 from pymllm.bench.timing import cold_bytes, graph_method
@@ -68,6 +69,8 @@ def _facts(cache: str) -> dict[str, Any]:
     min_bytes = cold_bytes(facts["l2_bytes"]) if gpu else CPU_COPY_BYTES
     return {
         "environment": facts,
+        # Only a GPU's rates say that its clocks were others.
+        "roof": measure_roof(default_device()).as_json() if gpu else {},
         "method": {"cache": cache, "min_copy_bytes": min_bytes, "graph": graph_method(gpu)},
         "cells": [],
     }
