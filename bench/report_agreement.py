@@ -19,6 +19,8 @@ SHORT_GRAPH_US = 300.0
 # Below this share of the run's highest clock, a cell is slower for its clock.
 SLOW_CLOCK = 0.97
 WIDE_SPREAD = 0.05
+# A published time this much above one with more tokens was not the kernel's best.
+QUICKER_WITH_MORE = 0.98
 
 
 @dataclass(frozen=True)
@@ -90,24 +92,31 @@ def agreement(
     pairs = []
     for cell in timed:
         place = published.get((cell["scheme"], cell["n"], cell["k"]), {})
-        theirs = place.get(cell["provider"], {}).get(cell["m"])
+        times = place.get(cell["provider"], {})
+        theirs = times.get(cell["m"])
         if theirs is not None and cell["provider"] != OURS:
-            pairs.append(Pair(cell, theirs, hint(cell, theirs, top)))
+            pairs.append(Pair(cell, theirs, hint(cell, theirs, top, times)))
     known = sum(len(times) for place in published.values() for times in place.values())
     return Agreement(pairs, tolerance, known - len(pairs))
 
 
-def hint(cell: Cell, theirs: float, top_mhz: float) -> str:
+def hint(
+    cell: Cell, theirs: float, top_mhz: float, published: Mapping[int, float] | None = None
+) -> str:
     """What in a cell may explain that its time is not the published one.
 
     Args:
         cell: with a time.
         theirs: the published time, microseconds.
         top_mhz: the highest SM clock of the run, 0 if none was read.
+        published: by M, all published times of this provider on this layer.
     """
     found = []
     clock, median = cell.get("sm_mhz"), cell["median_us"]
     slower = median > theirs
+    more = {us: m for m, us in (published or {}).items() if m > cell["m"]}
+    if not slower and more and min(more) < QUICKER_WITH_MORE * theirs:
+        found.append(f"published with {min(more):.1f} µs at M = {more[min(more)]}")
     if slower and clock and clock < SLOW_CLOCK * top_mhz:
         found.append(f"{clock:.0f} MHz of {top_mhz:.0f}: up to {top_mhz / clock:.2f}")
     if slower and cell.get("throttle"):

@@ -193,6 +193,13 @@ def test_published_check_hints_at_the_clock(report: Any) -> None:
     assert hint(slow, 130.0, 1980) == ""
     short = cell("w4a16", 1, "humming", 10.0, 2.0) | {"copies": 8}
     assert hint(short, 12.0, 0) == "graph of 80 µs: its launch counts"
+    # More tokens in less time: then the published time was not the kernel's best.
+    quick = cell("w8a8_int8", 4, "int_mm", 36.0, 4.0)
+    published = {1: 30.0, 4: 43.8, 16: 39.5, 32: 36.2, 64: 38.3}
+    assert hint(quick, 43.8, 0, published) == "published with 36.2 µs at M = 32"
+    assert hint(quick, 43.8, 0, {1: 30.0, 4: 43.8, 16: 43.5}) == ""
+    slower = cell("w8a8_int8", 4, "int_mm", 50.0, 4.0)
+    assert hint(slower, 43.8, 0, published) == ""
 
 
 def test_published_check_fills_a_document(report: Any, run_file: str, tmp_path: Path) -> None:
