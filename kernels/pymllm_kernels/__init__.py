@@ -4,6 +4,7 @@ Importing this package touches neither a GPU nor Triton.
 """
 
 from pymllm_kernels import ops as _ops  # noqa: F401  registers the torch operators
+from pymllm_kernels.common.specialization import Counts, counters
 from pymllm_kernels.device import DeviceFacts, device_facts, planned_device
 from pymllm_kernels.per_token_quant_int8.api import (
     per_token_quant_int8,
@@ -18,6 +19,7 @@ from pymllm_kernels.w8a8_int8.providers import W8A8Weight
 
 __all__ = [
     "CHANNEL",
+    "Counts",
     "DeviceFacts",
     "KernelChoice",
     "LinearKernel",
@@ -25,6 +27,7 @@ __all__ = [
     "Refusal",
     "W4A16Weight",
     "W8A8Weight",
+    "counters",
     "device_facts",
     "kernel_names",
     "per_token_quant_int8",

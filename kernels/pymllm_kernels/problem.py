@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.launch import in_short
 from pymllm_kernels.device import DeviceFacts
-from pymllm_kernels.tuning.resolving import Resolved, resolve
+from pymllm_kernels.tuning.resolving import Resolved, config_for, resolve
 from pymllm_kernels.tuning.tunable import Tunable
 
 CHANNEL = -1
@@ -82,6 +84,25 @@ class LinearKernel:
         if self.tunable is None:
             return None
         return resolve(self.tunable, self.tunable.key_of(problem), m, problem.device)
+
+    def forms(
+        self, problem: LinearProblem, m: int, *, bias: torch.dtype | None = None,
+        config: Any = None,
+    ) -> list[Form]:  # fmt: skip
+        """What a call with ``m`` rows, each contiguous and on 16 elements, needs compiled.
+
+        Args:
+            problem: the layer.
+            m: number of tokens.
+            bias: dtype of the bias, ``None`` for none.
+            config: of the tunable; as resolved for the call if ``None``.
+        """
+        return []
+
+    def configured(self, problem: LinearProblem, m: int) -> Any:
+        """The configuration of :meth:`resolved`, kept until something changes."""
+        assert self.tunable is not None
+        return config_for(self.tunable, self.tunable.key_of(problem), m, problem.device)
 
     def configuration(self, problem: LinearProblem, m: int) -> str | None:
         """:meth:`resolved` in short."""

@@ -99,7 +99,10 @@ def unquantized_names(checkpoint: Checkpoint, plan: CheckpointPlan) -> list[str]
 
 def describe(plan: CheckpointPlan, unquantized: Sequence[str], *, each: bool) -> str:
     """The plan as text: the table, the reasons, what is not quantized."""
+    from pymllm.tuning.origins import origin_label, origins_of
+
     groups: dict[tuple[object, ...], list[LayerPlan]] = {}
+    origins = {layer.name: origins_of(layer.choice.kernel, layer.problem) for layer in plan.layers}
     labels = {layer.name: scheme_label(plan.config.resolve(layer.name)) for layer in plan.layers}
     for layer in sorted_layers(plan):
         key = layer.name if each else shape_of_name(layer.name)
@@ -110,12 +113,16 @@ def describe(plan: CheckpointPlan, unquantized: Sequence[str], *, each: bool) ->
         first = members[0]
         names = compact_names([layer.name for layer in members])
         shape = f"{first.out_features} x {first.in_features}"
-        rows.append((names, labels[first.name], shape, first.choice.kernel.name))
+        origin = origin_label(origins[first.name])
+        rows.append((names, labels[first.name], shape, first.choice.kernel.name, origin))
     lines = []
     if rows:
         told = ((labels[layer.name], str(layer.choice)) for layer in sorted_layers(plan))
-        table = format_table(("layer", "scheme", "N x K", "kernel"), rows)
-        lines = [table, "", *kernels_told(told), ""]
+        titles = ("layer", "scheme", "N x K", "kernel", "configuration")
+        lines = [format_table(titles, rows), "", *kernels_told(told), ""]
+        reasons = dict.fromkeys(o.reason for found in origins.values() for o in found if o.reason)
+        lines += [f"Configurations by rule: {reason}" for reason in reasons]
+        lines += [""] if reasons else []
     return "\n".join([*lines, _unquantized_told(unquantized, each)])
 
 
@@ -136,6 +143,8 @@ def _dtype_told(plan: CheckpointPlan) -> str:
 
 
 def _layer_json(plan: CheckpointPlan, layer: LayerPlan) -> dict[str, Any]:
+    from pymllm.tuning.origins import origins_of
+
     problem = layer.problem
     return {
         "name": layer.name,
@@ -148,6 +157,7 @@ def _layer_json(plan: CheckpointPlan, layer: LayerPlan) -> dict[str, Any]:
         "act_order": problem.act_order,
         "dtype": str(layer.params_dtype).removeprefix("torch."),
         **choice_as_json(layer.choice),
+        "configurations": [origin.as_json() for origin in origins_of(layer.choice.kernel, problem)],
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pymllm import __version__
-from pymllm.cli import bench, demo, doctor, explain, run
+from pymllm.cli import bench, demo, doctor, explain, run, tune
 from pymllm.cli.report import one_line, print_json
 
 OK = 0
@@ -26,6 +26,7 @@ Quantized linear layers (W4A16, W8A8 int8) from compressed-tensors checkpoints.
   pymllm demo                      a small checkpoint, written, loaded and run
   pymllm explain CHECKPOINT_DIR    which kernel would run each layer, and why
   pymllm run CHECKPOINT_DIR        time and error of each layer of a checkpoint
+  pymllm tune CHECKPOINT_DIR       the fastest configurations for this GPU, found once
   pymllm bench                     our kernels beside torch's and other libraries', on this machine
 """
 
@@ -56,7 +57,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True
     )
-    for command in (doctor, demo, explain, run, bench):
+    for command in (doctor, demo, explain, run, bench, tune):
         command.add_parser(commands)
     return parser
 

@@ -6,12 +6,17 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymllm.quantization.format import LayerScheme
     from pymllm_kernels import KernelChoice
+
+
+# Longer silence looks like a hang.
+_SILENCE_S = 5.0
 
 
 def format_table(
@@ -72,13 +77,15 @@ def one_line(error: BaseException) -> str:
 class Progress:
     """Steps of long work on stderr: one changing line on a terminal, lines with ``verbose``.
 
-    A context manager: leaving it removes the changing line.
+    Where there is no terminal a line now and then says that the work goes on. A context manager:
+    leaving it removes the changing line.
     """
 
-    def __init__(self, verbose: bool = False) -> None:
+    def __init__(self, verbose: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._changing = sys.stderr.isatty() and not verbose
         self._lines = verbose
         self._width = 0
+        self._clock, self._said = clock, clock()
 
     def __enter__(self) -> Progress:  # noqa: PYI034  typing.Self needs Python 3.11
         return self
@@ -88,8 +95,9 @@ class Progress:
 
     def step(self, text: str) -> None:
         """Says what is being done now."""
-        if self._lines:
+        if self._lines or (not self._changing and self._clock() - self._said >= _SILENCE_S):
             print(text, file=sys.stderr, flush=True)
+            self._said = self._clock()
         elif self._changing:
             text = text if len(text) < 79 else text[:75] + "..."
             print("\r" + text.ljust(self._width), end="", file=sys.stderr, flush=True)

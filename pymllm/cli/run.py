@@ -50,11 +50,13 @@ _NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class Result:
-    """One call: how long it took and how far from exact it was."""
+    """One call: how long it took, how far from exact it was, and where its configuration comes from."""
 
     tokens: int
     milliseconds: float
     relative_error: float
+    origin: str | None
+    configuration: str | None
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,7 @@ def _results(
 
     from pymllm.cli.measure import median_milliseconds, relative_error
     from pymllm.cli.reference import exact_output
+    from pymllm_kernels.common.launch import in_short
 
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(max(tokens), plan.in_features, generator=generator)
@@ -244,7 +247,11 @@ def _results(
         for count in tokens:
             x = rows[:count]
             error = relative_error(layer(x), expected[:count])
-            results.append(Result(count, median_milliseconds(layer, x), error))
+            resolved = plan.choice.kernel.resolved(plan.problem, count)
+            told = (
+                (None, None) if resolved is None else (resolved.origin, in_short(resolved.config))
+            )
+            results.append(Result(count, median_milliseconds(layer, x), error, *told))
     return tuple(results)
 
 
@@ -281,7 +288,11 @@ def _table(reports: Sequence[LayerReport]) -> str:
         head: tuple[object, ...] = (plan.name, scheme_label(report.scheme), shape, kernel)
         for result in report.results:
             duration, error = f"{result.milliseconds:.3f}", f"{result.relative_error:.1e}"
-            rows.append((*head, result.tokens, duration, error))
+            rows.append((*head, result.tokens, duration, error, result.origin))
             head = (None,) * len(head)
-    titles = ("layer", "scheme", "N x K", "kernel", "M", "ms", "error")
+    titles: tuple[str, ...] = (
+        "layer", "scheme", "N x K", "kernel", "M", "ms", "error", "configuration",
+    )  # fmt: skip
+    if all(row[-1] is None for row in rows):
+        titles, rows = titles[:-1], [row[:-1] for row in rows]
     return format_table(titles, rows, right=("M", "ms", "error"))

@@ -94,16 +94,13 @@ class GpuCase:
         except Unfit:
             raise
         except Exception as error:
-            # A GPU that is lost raises here again, and the search ends.
-            torch.cuda.synchronize()
+            if self._x.device.type == "cuda":
+                # A GPU that is lost raises here again, and the search ends.
+                torch.cuda.synchronize()
             raise Unfit(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
     def call(self, m: int) -> torch.Tensor:
         """``[m, N]``, as any call of the layer."""
-        return self._apply(self._x[:m], self._weights[0])
-
-    def call(self, m: int) -> torch.Tensor:
-        """``[m, N]`` as a user's call gives it."""
         return self._apply(self._x[:m], self._weights[0])
 
     def _apply(self, x: torch.Tensor, weight: Any) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import triton
 
+from pymllm_kernels.common import launcher
 from pymllm_kernels.common.specialization import Specialization
 from pymllm_kernels.testing import sass_lint
 from pymllm_kernels.testing.aot import compile_for
@@ -22,7 +23,9 @@ def _cases(target: str, tokens: tuple[int, ...] = (1, 17, 64, 4096)) -> list[obj
 def test_hopper(case: Specialization) -> None:
     """Every kernel and tile on sm_90. fp32 activations run without tensor cores, still no spill."""
     code = compile_for(case, "sm_90")
-    assert code.cubin is not None
+    assert code.cubin is not None and code.ptx is not None
+    # What the launcher will pass is what this version of Triton made the kernel take.
+    launcher.expect_parameters(case, launcher.parameter_layout(case), code.ptx)
     if case.kernel.is_gluon() and TRITON >= (3, 8):
         # Its ptxas spills in the tails of warp-specialized kernels where that of 3.6 does not.
         loop = sass_lint.sass_statistics(sass_lint.disassemble(code.cubin)).main_loop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,13 +117,22 @@ class Counts:
     Attributes:
         compiled: forms compiled.
         loaded: forms read from Triton's cache on disk.
+        tuned: configurations searched for by timing.
     """
 
     compiled: int = 0
     loaded: int = 0
+    tuned: int = 0
 
 
 COUNTS = Counts()
+
+
+def counters() -> Counts:
+    """What this process has compiled, loaded and tuned so far."""
+    return replace(COUNTS)
+
+
 _compiling = threading.Lock()
 
 

@@ -148,7 +148,7 @@ def w8a8_hopper_case(
     from pymllm_kernels.w8a8_int8.hopper_launch import HopperLayer, specialization
 
     layer = HopperLayer(4096, 4096, dtype, zero=zero, bias=dtype if bias else None)
-    return specialization(layer, config, dependent=pdl)
+    return specialization(layer, config, pdl)
 
 
 # (N, K) whose tiles go to programs whole, evenly, or in runs.

@@ -10,6 +10,7 @@ import torch
 from triton.experimental.gluon import language as gl
 
 from pymllm_kernels.common.cuda import raw_stream
+from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.gluon_hopper import GLUON_DTYPE, tile_layout
 from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
 from pymllm_kernels.common.sharing import STREAM_K
@@ -246,6 +247,11 @@ def _loaded(
     scale = TensorMaps(boxes[2], layer.scale, (rows,), (1,))
     zero = TensorMaps(boxes[3], torch.int8, (rows,), (1,)) if layer.zero else None
     return kernel, (weight, scale, zero)
+
+
+def forms(layer: HopperLayer, config: HopperConfig) -> list[Form]:
+    """What a call of a layer with a configuration needs compiled."""
+    return [Form(specialization, (compiled_layer(layer), compiled_config(config)))]
 
 
 @functools.cache

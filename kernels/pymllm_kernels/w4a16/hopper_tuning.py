@@ -234,7 +234,6 @@ def _fit_ring(config: HopperConfig, form: HopperForm, shared_memory: int) -> Hop
     return config
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_config(
     m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
 ) -> HopperConfig:
@@ -243,5 +242,15 @@ def choose_config(
     Raises:
         ValueError: none is valid.
     """
+    # Tiles have 8 tokens or more: numbers in between have the tiles of the next multiple. Few tokens
+    # differ by what they read of the activations.
+    rounded = m if m <= 16 else -(-m // 8) * 8
+    return _choose_config(rounded, n, k, form, multiprocessors, shared_memory)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_config(
+    m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
+) -> HopperConfig:
     found = candidates(m, n, k, form, multiprocessors, shared_memory)
     return cheapest(found, "the W4A16 kernel for Hopper", shared_memory)

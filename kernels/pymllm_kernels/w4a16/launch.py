@@ -7,11 +7,14 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
+from pymllm_kernels.common.forms import Form as CompiledForm
 from pymllm_kernels.common.launcher import FormLauncher
 from pymllm_kernels.common.specialization import Specialization, integer_type, pointer_type
 from pymllm_kernels.device import device_facts
+from pymllm_kernels.problem import LinearProblem
 from pymllm_kernels.tuning import config_for
 from pymllm_kernels.w4a16.kernel import w4a16_gemm_kernel
+from pymllm_kernels.w4a16.layout import choose_layout
 from pymllm_kernels.w4a16.tunable import TRITON, triton_key
 from pymllm_kernels.w4a16.tuning import Config, Form
 
@@ -105,6 +108,19 @@ def specialization(key: TritonForm) -> Specialization:
         num_stages=config.num_stages,
         divisible_by_16=tuple(multiples),
     )
+
+
+def forms(problem: LinearProblem, config: Config, bias: torch.dtype | None) -> list[CompiledForm]:
+    """What a call whose rows are contiguous and on 16 elements needs compiled."""
+    bits, n, k = problem.weight_bits, problem.n, problem.k
+    layout = choose_layout(bits, k, problem.group_size)
+    spans = problem.groups > 1 and problem.group_size % layout.slice_k != 0
+    key = TritonForm(
+        Form(bits, layout.block_k, problem.group_size, spans), config, problem.act_dtype,
+        problem.scale_dtype, not problem.symmetric, problem.act_order, bias, problem.device.type,
+        even=k % layout.block_k == 0, aligned=n % 16 == 0 and k % 16 == 0,
+    )  # fmt: skip
+    return [CompiledForm(specialization, (key,))]
 
 
 def launch(

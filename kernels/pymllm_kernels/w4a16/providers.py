@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pymllm_kernels import ops
+from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.packing import unpack_words
 from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
 from pymllm_kernels.common.workspace import reserve_counters
@@ -69,6 +72,14 @@ class TritonW4A16(W4A16Kernel):
     def why(self, problem: LinearProblem) -> str:
         return "dequantization fused into the GEMM, any N, K and group size"
 
+    def forms(
+        self, problem: LinearProblem, m: int, *, bias: torch.dtype | None = None,
+        config: Any = None,
+    ) -> list[Form]:  # fmt: skip
+        from pymllm_kernels.w4a16 import launch
+
+        return launch.forms(problem, config or self.configured(problem, m), bias)
+
     def prepare(
         self,
         problem: LinearProblem,
@@ -103,6 +114,19 @@ class HopperW4A16(TritonW4A16):
     def why(self, problem: LinearProblem) -> str:
         gathered = ", act-order activations gathered first" if problem.act_order else ""
         return f"dequantization between the copy engine and wgmma, one kernel{gathered}"
+
+    def forms(
+        self, problem: LinearProblem, m: int, *, bias: torch.dtype | None = None,
+        config: Any = None,
+    ) -> list[Form]:  # fmt: skip
+        from pymllm_kernels.w4a16 import hopper_launch
+
+        block_k = choose_layout(4, problem.k, problem.group_size).block_k
+        layer = hopper_launch.HopperLayer(
+            problem.n, problem.k, block_k, problem.group_size, problem.act_dtype,
+            problem.scale_dtype, not problem.symmetric, bias,
+        )  # fmt: skip
+        return hopper_launch.forms(layer, config or self.configured(problem, m))
 
     def prepare(
         self,

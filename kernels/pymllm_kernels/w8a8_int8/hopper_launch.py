@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from pymllm_kernels.common.cuda import raw_stream
+from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.gluon_hopper import tile_layout
 from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
 from pymllm_kernels.common.sharing import STREAM_K
@@ -52,7 +53,7 @@ class HopperLayer(NamedTuple):
         return hopper_key(self.n, self.k, self.act, symmetric=not self.zero, static=self.static)
 
 
-def specialization(layer: HopperLayer, config: HopperConfig, *, dependent: bool) -> Specialization:
+def specialization(layer: HopperLayer, config: HopperConfig, dependent: bool) -> Specialization:
     """The compiled GEMM that runs a layer with a configuration; equal for many N, K and M.
 
     Args:
@@ -251,11 +252,23 @@ def _loaded(
     return gemm, weight
 
 
+def forms(layer: HopperLayer, config: HopperConfig, m: int, multiprocessors: int) -> list[Form]:
+    """What a call of a layer with ``m`` rows, each contiguous and on 16 elements, needs compiled."""
+    plan = plan_launch(config, m, layer.n, layer.k, multiprocessors)
+    assert plan is not None
+    quantization = quant.form_of(
+        layer.act, layer.k, layer.k, 1, 0, static=layer.static, zero=layer.zero,
+        counters=plan.counters > 0, pdl=plan.early,
+    )  # fmt: skip
+    gemm = (compiled_layer(layer), compiled_config(config), plan.dependent)
+    return [Form(quant.specialization, (quantization,)), Form(specialization, gemm)]
+
+
 @functools.cache
 def _gemm(
     layer: HopperLayer, config: HopperConfig, dependent: bool, device: torch.device
 ) -> LoadedKernel:
-    return load(specialization(layer, config, dependent=dependent), device)
+    return load(specialization(layer, config, dependent), device)
 
 
 def compiled_layer(layer: HopperLayer) -> HopperLayer:

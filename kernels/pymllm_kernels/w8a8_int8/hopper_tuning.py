@@ -233,12 +233,19 @@ def candidates(
             yield start + max(work, memory), config
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_config(m: int, n: int, k: int, multiprocessors: int, shared_memory: int) -> HopperConfig:
     """The configuration with the least estimated time.
 
     Raises:
         ValueError: none is valid.
     """
+    # The smallest tile has 8 tokens: the numbers in between have the tiles of the next multiple.
+    return _choose_config(-(-m // 8) * 8, n, k, multiprocessors, shared_memory)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_config(
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
+) -> HopperConfig:
     found = candidates(m, n, k, multiprocessors, shared_memory)
     return cheapest(found, "the int8 GEMM for Hopper", shared_memory)

@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import torch
 
+from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.launcher import FormLauncher
 from pymllm_kernels.common.specialization import Specialization, integer_type, pointer_type
 from pymllm_kernels.device import device_facts
+from pymllm_kernels.per_token_quant_int8 import launch as quant
+from pymllm_kernels.problem import LinearProblem
 from pymllm_kernels.tuning import config_for
 from pymllm_kernels.w8a8_int8.kernel import w8a8_int8_gemm_kernel
 from pymllm_kernels.w8a8_int8.tunable import TRITON, triton_key
@@ -83,6 +86,21 @@ def specialization(key: TritonForm) -> Specialization:
         num_stages=config.num_stages,
         divisible_by_16=tuple(multiples),
     )
+
+
+def forms(problem: LinearProblem, config: Config, bias: torch.dtype | None) -> list[Form]:
+    """What a call whose rows are contiguous and on 16 elements needs compiled, quantization included.
+
+    Weights with a scale for each output.
+    """
+    n, k = problem.n, problem.k
+    static, zero = problem.input_strategy == "tensor", not problem.input_symmetric
+    key = TritonForm(
+        config, problem.act_dtype, not static, True, zero, bias,
+        even=k % config.block_k == 0, aligned=n % 16 == 0 and k % 16 == 0,
+    )  # fmt: skip
+    quantization = quant.form_of(problem.act_dtype, k, k, 1, 0, static=static, zero=zero)
+    return [Form(quant.specialization, (quantization,)), Form(specialization, (key,))]
 
 
 def launch(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from pymllm_kernels import ops
+from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
 from pymllm_kernels.per_token_quant_int8 import api as quant_api
 from pymllm_kernels.per_token_quant_int8 import reference as quant_reference
@@ -92,6 +93,19 @@ class HopperW8A8(W8A8Kernel):
     def why(self, problem: LinearProblem) -> str:
         return "int8 wgmma fed by the copy engine, weights read while few tokens are quantized"
 
+    def forms(
+        self, problem: LinearProblem, m: int, *, bias: torch.dtype | None = None,
+        config: Any = None,
+    ) -> list[Form]:  # fmt: skip
+        from pymllm_kernels.w8a8_int8 import hopper_launch
+
+        layer = hopper_launch.HopperLayer(
+            problem.n, problem.k, problem.act_dtype, True, problem.input_strategy == "tensor",
+            not problem.input_symmetric, bias,
+        )  # fmt: skip
+        config = config or self.configured(problem, m)
+        return hopper_launch.forms(layer, config, m, problem.device.multiprocessors)
+
     def prepare(
         self,
         problem: LinearProblem,
@@ -131,6 +145,14 @@ class TritonW8A8(W8A8Kernel):
 
     def why(self, problem: LinearProblem) -> str:
         return "int8 tensor cores, scales, zero points and bias in the epilogue"
+
+    def forms(
+        self, problem: LinearProblem, m: int, *, bias: torch.dtype | None = None,
+        config: Any = None,
+    ) -> list[Form]:  # fmt: skip
+        from pymllm_kernels.w8a8_int8 import launch
+
+        return launch.forms(problem, config or self.configured(problem, m), bias)
 
     def apply(
         self,

@@ -10,6 +10,7 @@ import torch
 from pymllm.bench.providers.base import Description, Linear, Provider
 from pymllm.bench.roof import W4A16
 from pymllm.bench.workload import CHANNEL, Workload
+from pymllm_kernels.common.launch import in_short
 
 
 class Ours(Provider):
@@ -27,9 +28,11 @@ class Ours(Provider):
         return [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]
 
     def describe(self, work: Workload, m: int) -> Description:
-        choice = self._layer.kernel_choice
-        config = choice.kernel.configuration(self._layer.problem, m)
-        return Description(f"{choice.kernel.name} {config or ''}".strip(), "rule")
+        kernel = self._layer.kernel_choice.kernel
+        found = kernel.resolved(self._layer.problem, m)
+        if found is None:
+            return Description(kernel.name, "rule")
+        return Description(f"{kernel.name} {in_short(found.config)}", found.origin)
 
 
 def make_layer(work: Workload) -> Any:

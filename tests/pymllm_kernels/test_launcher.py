@@ -1,0 +1,215 @@
+"""Declared forms and launches through the driver: parameters in place, nothing compiled twice."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+
+from pymllm_kernels import LinearProblem, counters, planned_device, select_kernel
+from pymllm_kernels.common import cuda, launcher
+from pymllm_kernels.common.forms import Form, compile_forms, is_compiled
+from pymllm_kernels.common.specialization import (
+    Specialization,
+    compile_specialization,
+    integer_type,
+    pointer_type,
+)
+from pymllm_kernels.per_token_quant_int8 import launch as quant
+from pymllm_kernels.w4a16.hopper_launch import HopperLayer, specialization
+from pymllm_kernels.w4a16.hopper_tuning import HopperConfig
+
+BF16 = torch.bfloat16
+HOPPER = planned_device("9.0")
+LAYER = HopperLayer(4096, 4096, 128, 128, BF16, BF16, True, BF16)
+CONFIG = HopperConfig(block_m=8, consumers=2, slots=4, span=2, share=4)
+
+
+class Driver:
+    """Stands for the driver: keeps what a launch would read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launches: list[tuple[int, int, list[bytes]]] = []
+        self.maps: list[tuple[Any, ...]] = []
+        self.sizes: list[int] = []
+        monkeypatch.setattr(cuda, "load_function", lambda image, name, shared: 77)
+        monkeypatch.setattr(cuda, "launch", self.launch)
+        monkeypatch.setattr(cuda, "encode_map", self.encode)
+
+    def launch(self, config: cuda.LaunchConfig, function: int, parameters: Any) -> None:
+        assert function == 77
+        read = [ctypes.string_at(parameters[i], size) for i, size in enumerate(self.sizes)]
+        self.launches.append((config.grid_x, config.stream, read))
+
+    def encode(self, address: int, *described: Any) -> Any:
+        self.maps.append((address, *described))
+        store = ctypes.create_string_buffer(address.to_bytes(8, "little"), cuda.MAP_BYTES)
+        store.start = ctypes.addressof(store)  # type: ignore[attr-defined]
+        return store
+
+
+def as_int(value: bytes) -> int:
+    return int.from_bytes(value, "little", signed=True)
+
+
+def test_parameters_are_in_the_order_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
+    form = specialization(LAYER, CONFIG)
+    kernel = launcher.LoadedKernel(form, compile_specialization(form, GPUTarget("cuda", 90, 32)))
+    driver.sizes = [size for _, size in launcher.parameter_layout(form)]
+    shapes = [(3, 4096), (32 * 4096, 32), (32 * 4096,), (32 * 4096,)]
+    dtypes = [BF16, torch.int16, BF16, torch.int8]
+    maps = [
+        launcher.TensorMaps(box, dtype, shape, (*shape[1:], 1))
+        for box, dtype, shape in zip(kernel.described, dtypes, shapes, strict=True)
+    ]
+    values = [2**40 + 16, 2**41, 2**42, 2**43, 3, 4096, -5, 1, 32, 0, 16, 4096]
+    for addresses in ([16, 32, 48, 64], [80, 32, 48, 64]):
+        kernel.launch(128, 9, [m.at(a) for m, a in zip(maps, addresses, strict=True)], values)
+    (grid, stream, read), (_, _, again) = driver.launches
+    assert (grid, stream) == (128, 9)
+    # A tensor map is followed by its sizes and strides.
+    places, i = [], 0
+    for shape in shapes:
+        places.append(i)
+        sizes = [as_int(read[j]) for j in range(i + 1, i + 1 + 2 * len(shape))]
+        assert sizes == [*shape, *shape[1:], 1]
+        i += 1 + 2 * len(shape)
+    assert [as_int(read[p][:8]) for p in places] == [16, 32, 48, 64]
+    assert [as_int(again[p][:8]) for p in places] == [80, 32, 48, 64]
+    # out, bias, parts, counters and eight integers, then two unused pointers.
+    assert [as_int(value) for value in read[i:]] == [*values, 0, 0]
+    assert [len(value) for value in read[i:]] == [8] * 4 + [4] * 8 + [8] * 2
+    # Each address was encoded once, as the compiled kernel describes its box.
+    assert [found[0] for found in driver.maps] == [16, 32, 48, 64, 80]
+    assert driver.maps[0][1:] == (BF16, (3, 4096), (4096, 1), (8, 64), 3)
+
+
+def test_tensor_maps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
+    maps = launcher.TensorMaps({"block_size": [8, 64], "swizzle": 3}, BF16, (8, 64), (64, 1))
+    for i in range(2000):
+        maps.at(16 * i)
+        maps.at(16 * i)
+    assert len(driver.maps) == 2000
+    assert len(maps._known) <= launcher._ADDRESSES_KEPT
+
+
+def test_other_parameters_are_refused() -> None:
+    form = specialization(LAYER, CONFIG)
+    compiled = compile_specialization(form, GPUTarget("cuda", 90, 32))
+    layout = launcher.parameter_layout(form)
+    launcher.expect_parameters(form, layout, compiled.asm["ptx"])
+    with pytest.raises(RuntimeError, match=r"w4a16-hopper-8x128-shared.*not supported"):
+        launcher.expect_parameters(form, layout[:-1], compiled.asm["ptx"])
+
+
+def test_missing_and_unknown_arguments_are_named() -> None:
+    form = specialization(LAYER, CONFIG)
+    odd = dataclasses.replace(form, signature={**form.signature, "what": "i32"})
+    with pytest.raises(ValueError, match="unknown: \\['what'\\]"):
+        odd.source()
+    less = {name: kind for name, kind in form.signature.items() if name != "steps"}
+    with pytest.raises(ValueError, match="missing: \\['steps'\\]"):
+        dataclasses.replace(form, signature=less).source()
+
+
+def test_types() -> None:
+    assert pointer_type(BF16) == "*bf16"
+    with pytest.raises(ValueError, match="float64, accepted"):
+        pointer_type(torch.float64)
+    assert integer_type(2**31 - 1, -(2**31)) == "i32" and integer_type(0, 2**31) == "i64"
+
+
+PROBLEMS = [
+    LinearProblem("w4a16", 4096, 4096, 4, 128, True, False, BF16, BF16, HOPPER),
+    LinearProblem("w4a16", 1000, 4090, 8, -1, False, False, BF16, BF16, HOPPER),
+    LinearProblem("w8a8_int8", 4096, 14336, 8, -1, True, False, BF16, torch.float32, HOPPER, "token"),
+    LinearProblem("w8a8_int8", 999, 4090, 8, -1, True, False, BF16, torch.float32, HOPPER, "tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.scheme}-{p.n}x{p.k}")
+def test_few_forms_serve_every_number_of_tokens(problem: LinearProblem) -> None:
+    kernel = select_kernel(problem).kernel
+    forms = {form for m in range(1, 4097, 3) for form in kernel.forms(problem, m)}
+    assert 1 <= len(forms) <= 12
+    for form in forms:
+        made = form.specialization()
+        assert isinstance(made, Specialization) and made.source() is not None
+
+
+def test_a_form_is_compiled_once(tmp_path: Path) -> None:
+    """In processes of their own: Triton reads its cache's directory from the environment."""
+    quantization = quant.form_of(BF16, 4096, 4096, 1, 0, static=False, zero=False)
+    form = Form(quant.specialization, (quantization,))
+    assert form == Form(
+        quant.specialization, (quant.form_of(BF16, 4096, 4096, 1, 0, static=False, zero=False),)
+    )
+    code = (
+        "import torch\n"
+        "from pymllm_kernels import counters, planned_device\n"
+        "from pymllm_kernels.common.forms import Form, compile_forms, is_compiled\n"
+        "from pymllm_kernels.per_token_quant_int8 import launch as quant\n"
+        "f = quant.form_of(torch.bfloat16, 4096, 4096, 1, 0, static=False, zero=False)\n"
+        "form, facts = Form(quant.specialization, (f,)), planned_device('9.0')\n"
+        "before = is_compiled(form, facts)\n"
+        "print(before, compile_forms([form, form], facts), is_compiled(form, facts), counters().compiled)\n"
+    )
+    environment = {
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert outputs == [["False", "1", "True", "1"], ["True", "0", "True", "0"]]
+
+
+def test_forms_are_compiled_by_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton import knobs
+
+    with knobs.cache.scope():
+        forms = [
+            Form(quant.specialization, (quant.form_of(dtype, k, k, 1, 0, static=False, zero=zero),))
+            for dtype in (BF16, torch.float16)
+            for k in (512, 1040)
+            for zero in (False, True)
+        ]
+        seen: list[tuple[int, int]] = []
+        before = counters()
+        assert compile_forms(forms, HOPPER, lambda *told: seen.append(told), workers=2) == 8
+        assert seen[0] == (0, 8) and seen[-1] == (8, 8)
+        # Others compiled, and what they left is found.
+        assert counters() == before
+        assert all(is_compiled(form, HOPPER) for form in forms)
+
+
+def test_a_form_that_does_not_compile_is_named() -> None:
+    with pytest.raises(RuntimeError, match="broken does not compile"):
+        compile_forms([Form(_broken, ())], HOPPER)
+
+
+def _broken() -> Specialization:
+    form = specialization(LAYER, CONFIG)
+    return dataclasses.replace(form, name="broken", constexprs={**form.constexprs, "RUNS": "no"})
