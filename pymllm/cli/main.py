@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pymllm import __version__
-from pymllm.cli import bench, demo, doctor, explain, run, tune
+from pymllm.cli import bench, demo, doctor, explain, run, tune, warmup
 from pymllm.cli.report import one_line, print_json
 
 OK = 0
@@ -27,6 +27,7 @@ Quantized linear layers (W4A16, W8A8 int8) from compressed-tensors checkpoints.
   pymllm explain CHECKPOINT_DIR    which kernel would run each layer, and why
   pymllm run CHECKPOINT_DIR        time and error of each layer of a checkpoint
   pymllm tune CHECKPOINT_DIR       the fastest configurations for this GPU, found once
+  pymllm warmup CHECKPOINT_DIR     tunes and compiles what it needs, before it is served
   pymllm bench                     our kernels beside torch's and other libraries', on this machine
 """
 
@@ -57,7 +58,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True
     )
-    for command in (doctor, demo, explain, run, bench, tune):
+    for command in (doctor, demo, explain, run, bench, tune, warmup):
         command.add_parser(commands)
     return parser
 
