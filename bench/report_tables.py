@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pymllm.cli.bench_cells import Grid, absent, grids_of, microseconds, skipped, summary
+from pymllm.cli.bench_cells import (
+    OURS,
+    Grid,
+    absent,
+    grids_of,
+    microseconds,
+    paths_of,
+    skipped,
+    slower_than_bf16,
+    summary,
+)
 from pymllm.cli.report import counted
 
 MODE_WORDS = {
@@ -155,6 +165,34 @@ def host_table(report: Report) -> str:
     return markdown_table(["µs a call", *names], rows) if rows else "Not measured in this run."
 
 
+def paths_table(report: Report) -> str:
+    """What ours took for each shape and M, what bf16 would take, and where that is less."""
+    rows, losses = [], []
+    cells = [
+        cell
+        for cell in report.cells
+        if (cell["mode"], cell["cache"]) == (report.mode, report.cache)
+    ]
+    for scheme in report.schemes:
+        grids = report.of(scheme)
+        losses += [f"* {scheme}, {text}".replace(" x ", " × ") for text in slower_than_bf16(grids)]
+        for grid in grids:
+            for tokens, path in paths_of(cells, grid):
+                times = [
+                    [microseconds(grid.time(name, m)) for m in tokens] for name in (OURS, grid.bf16)
+                ]
+                rows.append(
+                    [
+                        f"{scheme}, {grid.n} × {grid.k}, M = {', '.join(map(str, tokens))}",
+                        *(", ".join(us).replace("-", "–") for us in times),
+                        f"`{path}`",
+                    ]
+                )
+    told = "\n".join(losses) or "Nowhere."
+    table = markdown_table(["layer and tokens", "ours, µs", "bf16, µs", "path"], rows)
+    return f"Slower than not quantizing, beyond noise:\n\n{told}\n\n{table}"
+
+
 def tables(report: Report) -> dict[str, str]:
     """Everything a document can include, by name."""
     found = {
@@ -165,6 +203,7 @@ def tables(report: Report) -> dict[str, str]:
         ),
         "missing": missing_list(report),
         "host": host_table(report),
+        "paths": paths_table(report),
     }
     return found | {scheme: scheme_tables(report.of(scheme)) for scheme in report.schemes}
 
@@ -172,7 +211,7 @@ def tables(report: Report) -> dict[str, str]:
 def whole(report: Report) -> str:
     """All tables as one document."""
     titles = {"machine": "Machine", "summary": "Summary", "missing": "Without a time",
-              "host": "Host time of an eager call"}  # fmt: skip
+              "host": "Host time of an eager call", "paths": "Paths"}  # fmt: skip
     parts = [
         f"## {titles.get(name, name.upper())}\n\n{text}" for name, text in tables(report).items()
     ]

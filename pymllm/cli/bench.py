@@ -17,7 +17,9 @@ from pymllm.cli.bench_cells import (
     grids_of,
     microseconds,
     modes_of,
+    paths_of,
     skipped,
+    slower_than_bf16,
     summary,
 )
 from pymllm.cli.report import (
@@ -215,10 +217,18 @@ def text_of(document: Mapping[str, Any]) -> str:
         grids = grids_of(cells, mode, cache)
         how = f"{HOW.get(mode, mode)}, {HOW.get(cache, cache)}"
         parts.append(f"microseconds a call, * the fastest, - no time; {how}, median")
-        parts += [f"{grid.label}, {grid.shape}\n{table(grid)}" for grid in grids]
+        parts += [
+            "\n".join([f"{grid.label}, {grid.shape}", table(grid), *_paths(cells, grid)])
+            for grid in grids
+        ]
         for scheme in dict.fromkeys(grid.scheme for grid in grids):
             chosen = [grid for grid in grids if grid.scheme == scheme]
             summaries.append(f"{scheme}, {mode}, {cache}: {summary(chosen)}")
+            if any(grid.speed_up(m) for grid in chosen for m in grid.tokens):
+                losses = slower_than_bf16(chosen) or ["nowhere"]
+                summaries.append(
+                    f"{scheme}, {mode}, {cache}: slower than bf16: {'; '.join(losses)}"
+                )
     parts.append("\n".join(summaries) or "nothing was timed")
     gone = absent(document)
     lines = [f"not here: {name}: {reason}" for name, reason in gone.items()]
@@ -227,6 +237,13 @@ def text_of(document: Mapping[str, Any]) -> str:
         for reason, count in skipped(cells, gone).items()
     ]
     return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
+
+
+def _paths(cells: Sequence[Mapping[str, Any]], grid: Grid) -> list[str]:
+    """Which kernel and configuration ours took, a line for neighbouring M with the same."""
+    return [
+        f"ours, M = {', '.join(map(str, tokens))}: {path}" for tokens, path in paths_of(cells, grid)
+    ]
 
 
 def table(grid: Grid) -> str:

@@ -29,6 +29,11 @@ class Grid:
     """Providers whose times come from another run."""
 
     @property
+    def place(self) -> tuple[str, int, int, int, str]:
+        """Scheme, N, K, group and dtype: what a cell of it has, too."""
+        return self.scheme, self.n, self.k, self.group, self.dtype
+
+    @property
     def shape(self) -> str:
         """``4096 x 11008``: output features, input features."""
         return f"{self.n} x {self.k}"
@@ -106,11 +111,15 @@ def grids_of(cells: Iterable[Mapping[str, Any]], mode: str, cache: str) -> list[
     for cell in cells:
         if (cell["mode"], cell["cache"]) != (mode, cache) or cell["median_us"] is None:
             continue
-        key = (cell["scheme"], cell["n"], cell["k"], cell["group"], cell["dtype"])
+        key = _place(cell)
         times.setdefault(key, {}).setdefault(cell["provider"], {})[cell["m"]] = cell["median_us"]
         if cell["roof_us"] is not None:
             roofs.setdefault(key, {})[cell["m"]] = cell["roof_us"]
     return [Grid(*key, us, roofs.get(key, {})) for key, us in times.items()]
+
+
+def _place(cell: Mapping[str, Any]) -> tuple[str, int, int, int, str]:
+    return cell["scheme"], cell["n"], cell["k"], cell["group"], cell["dtype"]
 
 
 def modes_of(cells: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -153,6 +162,32 @@ def summary(grids: Sequence[Grid]) -> str:
         ratio, place = min(lost)
         text += f"; worst loss {ratio:.2f}x ({place})"
     return text + (f"; no time of ours where others have one: {missing}" if missing else "")
+
+
+def slower_than_bf16(grids: Sequence[Grid]) -> list[str]:
+    """Where not quantizing would be faster, beyond noise: shape, M and by how much."""
+    return [
+        f"{grid.shape}, M = {m}: {grid.time(OURS, m):.1f} us, bf16 {grid.time(grid.bf16, m):.1f}"
+        f" ({speed_up:.2f}x)"
+        for grid in grids
+        for m in grid.tokens
+        if (speed_up := grid.speed_up(m)) is not None and speed_up < 1 / NOISE
+    ]
+
+
+def paths_of(cells: Iterable[Mapping[str, Any]], grid: Grid) -> list[tuple[list[int], str]]:
+    """(numbers of tokens, kernel and configuration with its origin) that ours took for a layer."""
+    found: dict[int, str] = {}
+    for cell in cells:
+        if _place(cell) == grid.place and cell["provider"] == OURS and cell["config"] is not None:
+            found[cell["m"]] = f"{cell['config']} ({cell['origin']})"
+    grouped: list[tuple[list[int], str]] = []
+    for m, path in sorted(found.items()):
+        if grouped and grouped[-1][1] == path:
+            grouped[-1][0].append(m)
+        else:
+            grouped.append(([m], path))
+    return grouped
 
 
 def geometric_mean(values: Sequence[float]) -> float:

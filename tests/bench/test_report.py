@@ -37,6 +37,7 @@ def cell(
         "dtype": "bfloat16", "provider": provider, "mode": "graph", "cache": "cold",
         "skip": None if us else "wrong result", "median_us": us, "roof_us": roof,
         "low_us": us and us * 0.99, "high_us": us and us * 1.02,
+        "config": f"tile {m}" if provider == "ours" and us else None, "origin": "rule",
     }  # fmt: skip
 
 
@@ -96,6 +97,13 @@ def test_tables_have_the_numbers_the_best_and_the_losses(
     assert lines[head + 4] == "| 1 | **8.0** | 24.0 | 10.0 | 4.0 | 50% | 1.25 | 3.00 |"
     assert lines[head + 5] == "| 64 | 20.0 | **16.0** | 25.0 | 8.0 | 40% | 0.80 | 0.80 |"
     assert lines[head + 6] == "| 1024 | – | **100.0** | 110.0 | 90.0 | – | – | – |"  # noqa: RUF001
+
+
+def test_paths_and_where_not_quantizing_is_faster(report: Any, run_file: str) -> None:
+    text = report.tables(report.load([Path(run_file)]))["paths"]
+    assert "| w4a16, 4096 × 8192, M = 64 | 20.0 | 16.0 | `tile 64 (rule)` |" in text
+    assert "* w4a16, 4096 × 8192, M = 64: 20.0 us, bf16 16.0 (0.80×)" in text.replace("x)", "×)")
+    assert "M = 1:" not in text
 
 
 def test_summary_and_what_is_missing(

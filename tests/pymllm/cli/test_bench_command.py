@@ -22,7 +22,8 @@ def cell(provider: str, m: int, us: float | None, **changed: Any) -> dict[str, A
         "scheme": "w4a16", "n": 4096, "k": 8192, "group": 128, "dtype": "bfloat16", "m": m,
         "provider": provider, "mode": "graph", "cache": "cold", "median_us": us,
         "roof_us": None if us is None else 5.0, "skip": None if us else "takes K of 32",
-        **changed,
+        "config": f"tile {8 if m < 16 else 64}" if provider == "ours" and us else None,
+        "origin": "shipped", **changed,
     }  # fmt: skip
 
 
@@ -56,6 +57,16 @@ def test_summary_counts_both_sides_and_names_the_worst_loss() -> None:
     assert "won 1, lost 1 of 2 cells (0 within 3 %)" in text
     assert "geometric mean 0.79x; against bf16 1.22x" in text  # sqrt(1.25 * 0.5), sqrt(3 * 0.5)
     assert "worst loss 0.50x (4096 x 8192, M = 64, cublas_bf16)" in text
+
+
+def test_the_path_taken_and_where_bf16_is_faster() -> None:
+    cells = [*CELLS, cell("ours", 2, 10.0), cell("cublas_bf16", 2, 10.1)]
+    text = bench.text_of(document(cells))
+    assert "ours, M = 1, 2: tile 8 (shipped)\nours, M = 64: tile 64 (shipped)" in text
+    losses = "w4a16, graph, cold: slower than bf16: 4096 x 8192, M = 64: 40.0 us, bf16 20.0 (0.50x)"
+    assert f"{losses}\n\nnot here: marlin" in text
+    fast = [one for one in cells if one["m"] < 64]
+    assert "slower than bf16: nowhere" in bench.text_of(document(fast))
 
 
 def test_a_cell_that_ours_lacks_is_told() -> None:
