@@ -74,12 +74,13 @@ class GpuCase:
         x = torch.randn(most_tokens, problem.k, device=device, generator=generator)
         self._x = x.to(problem.act_dtype)
         self._expected: tuple[int, torch.Tensor] | None = None
+        self._calls = 0
 
     def prepare(self, config: Config, m: int) -> Sample:
         """See :class:`Case`."""
         try:
             if self._expected is None or self._expected[0] != m:
-                self._expected = None
+                self._expected, self._calls = None, 0
                 # Of the graphs before, which hold on to their outputs.
                 torch.cuda.empty_cache()
                 self._expected = (m, self._by_rule(m))
@@ -90,7 +91,10 @@ class GpuCase:
                 if wrong is not None:
                     raise Unfit(wrong)
                 x = self._x[:m]
-                return _graph_sample([partial(self._apply, x, w) for w in self._weights])
+                calls: list[timing.Call] = [partial(self._apply, x, w) for w in self._weights]
+                # The same for all candidates: a graph of more calls would hide more of its launch.
+                self._calls = self._calls or _calls_of_a_graph(calls)
+                return _graph_sample([calls[i % len(calls)] for i in range(self._calls)])
         except Unfit:
             raise
         except Exception as error:
@@ -153,18 +157,22 @@ def _apart(found: torch.Tensor, expected: torch.Tensor) -> str | None:
     return None
 
 
-def _graph_sample(calls: list[timing.Call]) -> Sample:
-    """What replays a graph of one call of each copy of the weight; it is captured once."""
+def _calls_of_a_graph(calls: list[timing.Call]) -> int:
+    """How many calls a graph is to hold, one of each copy of the weight, fewer if they are long."""
     timing._warm_up(calls)
     pilot = timing._capture([calls[i % len(calls)] for i in range(timing.PILOT_CALLS)])
     call_us = min(timing._replay(pilot, 2)) / timing.PILOT_CALLS
     pilot.reset()
-    used, count = timing.plan_calls(len(calls), call_us)
-    graph = timing._capture([calls[i % used] for i in range(count)])
+    return timing.plan_calls(len(calls), call_us)[1]
+
+
+def _graph_sample(calls: list[timing.Call]) -> Sample:
+    """What replays a graph of some calls; it is captured once. Each call was made before, or one like it."""
+    graph = timing._capture(calls)
     timing._replay(graph, 1)
 
     def sample() -> float:
-        return statistics.median(timing._replay(graph, _REPLAYS)) / count
+        return statistics.median(timing._replay(graph, _REPLAYS)) / len(calls)
 
     return sample
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +34,8 @@ MISSING, ALL = "missing", "all"
 # The least estimated time was within 10 % of the best of ten in 99 % of 247 layers and tokens.
 BEST = 12
 
-MakeCase = Callable[[LinearKernel, LinearProblem, torch.device, int], Case]
+MakeCase = Callable[..., Case]
+"""``(kernel, problem, *, device, most_tokens)``: see :class:`GpuCase`."""
 Compile = Callable[[Sequence[Form], DeviceFacts, Callable[[int, int], None]], object]
 
 
@@ -152,24 +155,10 @@ def tune(
     jobs = list(_jobs(problems, sorted({bucket(m) for m in tokens}), mode, best, store, report))
     progress(f"{len(jobs)} entries to tune, {report.present} are there")
     _compile(jobs, compile_all, progress)
-    measuring = clock()
-    case: tuple[LinearProblem, Case] | None = None
-    for done, job in enumerate(jobs):
-        if time_limit_s is not None and clock() - began > time_limit_s:
-            report.left = len(jobs) - done
-            break
-        left = (clock() - measuring) / done * (len(jobs) - done) if done else None
-        about = "" if left is None else f", about {_duration(left)} left"
-        progress(f"[{done + 1}/{len(jobs)}] {job.told}{about}")
-        try:
-            if case is None or case[0] != job.problem:
-                # The weights before are freed first.
-                case = None
-                most = max(j.place.m for j in jobs if j.problem == job.problem)
-                case = (job.problem, make_case(job.kernel, job.problem, device, most))
-            report.results.append(_measure(job, case[1], store, keep_timings))
-        except (Unfit, torch.OutOfMemoryError) as error:
-            report.failures[job.told] = " ".join(str(error).split())[:300]
+    until = None if time_limit_s is None else began + time_limit_s
+    with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():
+        _measure_all(jobs, report, until, progress, clock, partial(make_case, device=device),
+                     partial(_measure, store=store, keep_timings=keep_timings))  # fmt: skip
     report.seconds = clock() - began
     return report
 
@@ -188,6 +177,36 @@ def _compile(jobs: Sequence[_Job], compile_all: Compile, progress: Callable[[str
             )
         except RuntimeError as error:
             progress(f"{error}; the rest is compiled one by one")
+
+
+def _measure_all(
+    jobs: Sequence[_Job],
+    report: Report,
+    until: float | None,
+    progress: Callable[[str], None],
+    clock: Callable[[], float],
+    make_case: Callable[..., Case],
+    measure: Callable[[_Job, Case], Result],
+) -> None:
+    """Measures job after job, up to a time, and adds to the report."""
+    began = clock()
+    case: tuple[LinearProblem, Case] | None = None
+    for done, job in enumerate(jobs):
+        if until is not None and clock() > until:
+            report.left = len(jobs) - done
+            return
+        left = (clock() - began) / done * (len(jobs) - done) if done else None
+        about = "" if left is None else f", about {_duration(left)} left"
+        progress(f"[{done + 1}/{len(jobs)}] {job.told}{about}")
+        try:
+            if case is None or case[0] != job.problem:
+                # The weights before are freed first.
+                case = None
+                most = max(j.place.m for j in jobs if j.problem == job.problem)
+                case = (job.problem, make_case(job.kernel, job.problem, most_tokens=most))
+            report.results.append(measure(job, case[1]))
+        except (Unfit, torch.OutOfMemoryError) as error:
+            report.failures[job.told] = " ".join(str(error).split())[:300]
 
 
 def _jobs(
@@ -238,7 +257,7 @@ def _known(
     return {c: entry.timings[digest] for c, digest in digests.items() if digest in entry.timings}
 
 
-def _measure(job: _Job, case: Case, store: Store | None, keep_timings: bool) -> Result:
+def _measure(job: _Job, case: Case, *, store: Store | None, keep_timings: bool) -> Result:
     tunable, place = job.tunable, job.place
     found = search(job.candidates, lambda config: case.prepare(config, place.m), job.known)
     COUNTS.tuned += 1

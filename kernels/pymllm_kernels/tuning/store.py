@@ -61,6 +61,7 @@ class Store:
         self._why_none = why_none
         self._table: Table | None = None
         self._unsaved: dict[Place, tuple[Entry, bool]] = {}
+        self._written: tuple[int, int, int] | None = None
         self._mutex = threading.RLock()
 
     @property
@@ -113,13 +114,19 @@ class Store:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S):
-            merged, damaged = self._read(path)
+            damaged = False
+            if self._written is not None and self._written == _identity(path):
+                # Nobody else has written since: what is known is what is there.
+                merged = self.table
+            else:
+                merged, damaged = self._read(path)
             for place, (entry, replace) in self._unsaved.items():
                 if replace or merged.get(place) is None:
                     merged.put(place, entry)
             if damaged:
                 os.replace(path, f"{path}.damaged-{time.time_ns()}")
             write_whole(path, dump(merged))
+            self._written = _identity(path)
         self._unsaved.clear()
         self._table = merged
 
@@ -145,6 +152,14 @@ class Store:
                 "and the file is set aside when the next result is written"
             )
         return table, bool(problems)
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def write_whole(path: Path, text: str) -> None:

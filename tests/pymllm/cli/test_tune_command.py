@@ -38,7 +38,7 @@ class Timed:
 
     interrupt_after: int | None = None
 
-    def __init__(self, kernel: Any, problem: Any, device: Any, most: int) -> None:
+    def __init__(self, kernel: Any, problem: Any, *, device: Any, most_tokens: int) -> None:
         self.problem = problem
 
     def prepare(self, config: Any, m: int) -> Any:

@@ -46,14 +46,14 @@ class FakeGpu:
         self._noise = noise
 
     def make_case(
-        self, kernel: LinearKernel, problem: LinearProblem, device: object, most: int
+        self, kernel: LinearKernel, problem: LinearProblem, *, device: object, most_tokens: int
     ) -> Any:
         self.cases.append(problem)
         gpu = self
 
         class Case:
             def prepare(self, config: Any, m: int) -> Callable[[], float]:
-                assert m <= most
+                assert m <= most_tokens
                 gpu.prepared.append((kernel.name, m, config))
                 if config in gpu.unfit:
                     raise Unfit("wrong result")

@@ -87,6 +87,7 @@ def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda: 1.0
 
     monkeypatch.setattr(cases, "_graph_sample", sample)
+    monkeypatch.setattr(cases, "_calls_of_a_graph", len)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
