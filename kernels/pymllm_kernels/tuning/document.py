@@ -71,7 +71,7 @@ class Table:
 
     def items(self) -> Iterator[tuple[Place, Entry]]:
         """All entries, ordered by operation, shape, variant and bucket."""
-        for key, m in sorted(self._entries, key=lambda item: (*asdict(item[0]).values(), item[1])):
+        for key, m in sorted(self._entries, key=lambda item: (*vars(item[0]).values(), item[1])):
             for conditions, entry in self._entries[key, m].items():
                 yield Place(conditions, key, m), entry
 
@@ -91,9 +91,10 @@ def dump(table: Table, *, lock: bool = False) -> str:
     """The document of a table, one entry a line; with ``strict`` if it is a lock file."""
     sections: dict[tuple[str, Conditions], list[str]] = {}
     for place, entry in table.items():
-        row = asdict(place.key)
+        # Not asdict, which copies deeply: 0.6 s instead of 0.15 for 7,500 entries.
+        row = {**vars(place.key)}
         operation = row.pop("operation")
-        row |= {"m": place.m, **{k: v for k, v in asdict(entry).items() if v not in (None, {})}}
+        row |= {"m": place.m, **{k: v for k, v in vars(entry).items() if v not in (None, {})}}
         line = json.dumps(row, separators=(",", ":"))
         sections.setdefault((operation, place.conditions), []).append(line)
     parts = []

@@ -15,7 +15,8 @@ from pymllm_kernels import tuning
 from pymllm_kernels.device import DeviceFacts
 from pymllm_kernels.testing.toy_tunable import BOARD, H200, KEY, TOY, Tile, entry, place
 from pymllm_kernels.tuning import Place, Table, TuningKey, bucket, config_for, resolve, state
-from pymllm_kernels.tuning.document import dump
+from pymllm_kernels.tuning.document import dump, parse
+from pymllm_kernels.tuning.source import source_hash
 from pymllm_kernels.tuning.state import table_path
 from pymllm_kernels.w4a16 import tunable as w4a16_tunable
 from pymllm_kernels.w8a8_int8 import tunable as w8a8_tunable
@@ -269,3 +270,22 @@ def test_the_rule_is_the_first_candidate(tunable: Any, key: TuningKey) -> None:
         assert found[0] == tunable.rule(key, m, H200)
         assert len(set(found)) == len(found) > 1
         assert all(tunable.why_invalid(c, key, m, H200) is None for c in found)
+
+
+SHIPPED = sorted((Path(state.__file__).parent / "tables").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.stem))
+def test_shipped_tables_are_whole_and_of_these_kernels(path: Path) -> None:
+    """One of other kernels is dead weight: ``pymllm tune --shipped-table`` writes it anew."""
+    operations = {tunable.operation: tunable for tunable, _ in HOPPER}
+    table, problems = parse(path.read_text())
+    assert not problems
+    assert len(table)
+    for there, found in table.items():
+        tunable = operations[there.key.operation]
+        assert path == table_path(there.conditions.board)
+        assert there.conditions.kernel == source_hash(tunable.sources)
+        facts = replace(H200, name=there.conditions.board)
+        config = tunable.from_json(found.config)
+        assert tunable.why_invalid(config, there.key, there.m, facts) is None
