@@ -55,8 +55,8 @@ def import_lock(path: Path, *, strict: bool) -> tuple[Path, Table]:
         Where it lies now, and what it holds.
 
     Raises:
-        ValueError: it is damaged, or there is no tuning directory.
-        OSError: it cannot be read or written.
+        ValueError: it cannot be read or is damaged, or there is no tuning directory.
+        OSError: the tuning directory cannot be written.
     """
     table = state.read_lock(path)
     table.strict = strict

@@ -39,7 +39,8 @@ class Toy(Tunable):
         return [Tile(8), Tile(16), Tile(32)]
 
     def why_invalid(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> str | None:
-        return None if config.size <= 64 else f"size {config.size} is more than 64"
+        tiles = key.n // config.size
+        return None if config.size <= 64 else f"{tiles} tiles: size {config.size} is more than 64"
 
     def adapt(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
         return Tile(config.size) if config.wide and m % 2 else config

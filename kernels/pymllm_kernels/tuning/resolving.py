@@ -113,8 +113,9 @@ def _find(table: Table, tunable: Tunable, place: Place, m: int, facts: DeviceFac
     try:
         config = tunable.adapt(tunable.from_json(entry.config), place.key, m, facts)
         reason = tunable.why_invalid(config, place.key, m, facts)
-    except ValueError as error:
-        reason = str(error)
+    except (ValueError, ArithmeticError) as error:
+        # The latter of numbers that make no sense, such as tiles of no tokens.
+        reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         return _Found(None, reason)
     return _Found(config, f"measured {entry.median_us:.4g} us on {entry.date}")

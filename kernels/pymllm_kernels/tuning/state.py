@@ -110,7 +110,7 @@ def pinned_for_now(
     finally:
         with _mutex:
             if before is None:
-                del _pins[place]
+                _pins.pop(place, None)
             else:
                 _pins[place] = before
             changed()
@@ -128,10 +128,14 @@ def read_lock(path: Path) -> Table:
     """The table of a lock file.
 
     Raises:
-        ValueError: it is damaged; a lock file is whole or not used.
-        OSError: it cannot be read.
+        ValueError: it cannot be read or is damaged; a lock file is whole or not used.
     """
-    table, problems = parse(path.read_text(encoding="utf-8"))
+    try:
+        table, problems = parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        problems = [f"not text ({error.reason})"]
+    except OSError as error:
+        problems = [error.strerror or type(error).__name__]
     if problems:
         raise ValueError(f"lock file {path}: {problems[0]}")
     return table
@@ -145,8 +149,7 @@ def load_lock(path: Path | str, *, strict: bool = True) -> None:
         strict: whether a key that is not in it is an error.
 
     Raises:
-        ValueError: it is damaged.
-        OSError: it cannot be read.
+        ValueError: it cannot be read or is damaged.
     """
     global _lock, _lock_read
     table = read_lock(Path(path))
@@ -168,8 +171,7 @@ def lock() -> tuple[Path, Table] | None:
     """The lock file: the one loaded, else ``lock.json`` beside the store.
 
     Raises:
-        ValueError: it is damaged.
-        OSError: it cannot be read.
+        ValueError: it cannot be read or is damaged.
     """
     global _lock, _lock_read
     if not _lock_read:
@@ -178,9 +180,11 @@ def lock() -> tuple[Path, Table] | None:
             if path is not None and not _lock_read:
                 beside = path.with_name(LOCK_NAME)
                 try:
-                    _lock = (beside, read_lock(beside))
-                except (FileNotFoundError, NotADirectoryError):
-                    _lock = None
+                    is_there = beside.exists()
+                except OSError:
+                    # A directory that cannot be entered: reading the store tells.
+                    is_there = False
+                _lock = (beside, read_lock(beside)) if is_there else None
             _lock_read = True
     return _lock
 

@@ -34,7 +34,7 @@ def default_directory() -> tuple[Path | None, str]:
         The directory, which need not exist, or ``None`` and the reason that there is none.
     """
     if named := os.environ.get(VARIABLE):
-        return Path(named), ""
+        return Path(named).expanduser().absolute(), ""
     if cache := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache) / "pymllm" / "tuning", ""
     try:

@@ -91,7 +91,7 @@ def test_tuning_once_is_enough(capsys: pytest.CaptureFixture[str], directory: Pa
         ("gluon_hopper_w4a16", 1), ("gluon_hopper_w4a16", 16),
         ("gluon_hopper_w8a8_int8", 1), ("gluon_hopper_w8a8_int8", 16),
     ]  # fmt: skip
-    assert all(t["config"]["kernel"] == "tiles" for t in document["tuned"])
+    assert {t["config"]["kernel"] for t in document["tuned"]} <= {"tiles", "decode"}
     assert [r.origin for r in configs()] == ["store", "store"]
     _, document, _ = run(capsys, *TUNE)
     assert (document["tuned"], document["present"]) == ([], 4)
@@ -221,7 +221,7 @@ def test_shapes_of_models(capsys: pytest.CaptureFixture[str]) -> None:
         (("--shapes", "4096"), "NxK"),
         (("export",), "FILE: found none"),
         (("import",), "FILE: found none"),
-        (("import", "nowhere.json"), "No such file"),
+        (("import", "nowhere.json"), "lock file nowhere.json: No such file"),
         (("import", "--remove"), "there is no lock file"),
         (("export", "file"), "nothing is tuned"),
         (("show", "file"), "FILE: not accepted"),

@@ -21,6 +21,7 @@ from pymllm.tuning.search import TIE_BAND
 from pymllm_kernels import DeviceFacts, LinearProblem, select_kernel, tuning
 from pymllm_kernels.tuning import resolve, state
 from pymllm_kernels.tuning.store import Store
+from pymllm_kernels.w4a16.hopper_tuning import HopperConfig
 from pymllm_kernels.w4a16.tunable import HOPPER, HopperTunable
 
 from .conftest import BOARD, FakeGpu
@@ -112,7 +113,9 @@ def test_one_candidate_more_is_timed_alone(
     run(problems, gpu)
     kept = {p: resolved(p, 1).config for p in problems}
     real = HopperTunable.candidates
-    added = replace(HOPPER.candidates(HOPPER.key_of(problems[0]), 1, facts)[0], slots=2, share=1)
+    found = HOPPER.candidates(HOPPER.key_of(problems[0]), 1, facts)
+    tiles = next(config for config in found if isinstance(config, HopperConfig))
+    added = replace(tiles, slots=2, share=1)
     monkeypatch.setattr(
         HopperTunable, "candidates",
         lambda self, key, m, device: [added, *real(self, key, m, device)],

@@ -13,7 +13,16 @@ import torch
 
 from pymllm_kernels import tuning
 from pymllm_kernels.device import DeviceFacts
-from pymllm_kernels.testing.toy_tunable import BOARD, H200, KEY, TOY, Tile, entry, place
+from pymllm_kernels.testing.toy_tunable import (
+    BOARD,
+    H200,
+    KEY,
+    TOY,
+    Tile,
+    entry,
+    one_warning,
+    place,
+)
 from pymllm_kernels.tuning import Place, Table, TuningKey, bucket, config_for, resolve, state
 from pymllm_kernels.tuning.document import dump, parse
 from pymllm_kernels.tuning.source import source_hash
@@ -177,6 +186,7 @@ def test_a_table_of_another_card_is_never_read(
     ("config", "told"),
     [
         ({"kernel": "tile", "size": 128, "wide": False}, "more than 64"),
+        ({"kernel": "tile", "size": 0, "wide": False}, "ZeroDivisionError"),
         ({"kernel": "gone", "size": 16, "wide": False}, "kernel 'gone'"),
         ({"kernel": "tile", "size": 16}, "found fields"),
         ({"kernel": "tile", "size": 16, "wide": 0}, "wide: found 0"),
@@ -193,9 +203,25 @@ def test_a_stored_configuration_that_cannot_run_is_a_miss(
     assert told in found.reason
 
 
+def test_a_directory_that_cannot_be_entered(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's home: whether there is a lock file cannot be known, and the layer runs."""
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    for name in ("exists", "read_text"):
+        monkeypatch.setattr(Path, name, refuse)
+    with one_warning("store.json cannot be read (Permission denied)"):
+        assert resolve(TOY, KEY, 8, BOARD)[:2] == (Tile(8), "rule")
+
+
 def test_a_pinned_configuration_that_cannot_run_is_an_error(directory: Path) -> None:
     tuning.pin(TOY, KEY, Tile(128))
-    with pytest.raises(ValueError, match=r"toy 4096x4096 .*pinned for M = 8: size 128 is more"):
+    with pytest.raises(
+        ValueError, match=r"toy 4096x4096 .*pinned for M = 8: 32 tiles: size 128 is more"
+    ):
         resolve(TOY, KEY, 8, BOARD)
     with pytest.raises(ValueError, match="accepted"):
         tuning.pin(TOY, KEY, "fast")
