@@ -172,7 +172,7 @@ def test_twenty_fresh_tunings_give_the_same_configuration(
     chosen: dict[Any, list[str]] = collections.defaultdict(list)
     for seed in range(20):
         store = Store(tmp_path / str(seed))
-        report = run(problems, FakeGpu(noise=0.015, seed=seed), store=store)
+        report = run(problems, FakeGpu(noise=0.01, seed=seed), store=store)
         for result in report.results:
             chosen[result.key, result.m].append(json.dumps(result.entry.config))
     assert len(chosen) == 12
