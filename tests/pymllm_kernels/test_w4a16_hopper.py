@@ -85,7 +85,7 @@ def test_what_cannot_be_shared() -> None:
 @pytest.mark.parametrize(
     ("m", "n", "k", "block_m", "consumers", "share"),
     [
-        (1, 4096, 4096, 8, 2, 4),
+        (1, 28672, 4096, 8, 4, 1),
         (16, 8192, 28672, 16, 4, 4),
         (32, 28672, 4096, 32, 4, 1),
         (128, 4096, 4096, 128, 2, 4),
@@ -96,13 +96,15 @@ def test_the_choice_where_it_was_measured(
     m: int, n: int, k: int, block_m: int, consumers: int, share: int
 ) -> None:
     config = choose_config(m, n, k, HopperForm(), 132, SHARED)
+    assert isinstance(config, HopperConfig)
     assert (config.block_m, config.consumers, config.share) == (block_m, consumers, share)
 
 
 def test_scales_of_another_dtype_stay_on_partial_sums() -> None:
     form = HopperForm(same_dtype=False)
-    for m in (16, 128, 4096):
-        assert not choose_config(m, 4096, 4096, form, 132, SHARED).scale_weights
+    for m in (32, 128, 4096):
+        config = choose_config(m, 4096, 4096, form, 132, SHARED)
+        assert isinstance(config, HopperConfig) and not config.scale_weights
 
 
 def test_no_shared_memory() -> None:

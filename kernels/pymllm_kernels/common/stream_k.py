@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def _share_of(program, units, programs):
+def share_of(program, units, programs):
     """First and last + 1 unit of a program: shares differ by at most one unit."""
     base = units // programs
     more = units % programs
@@ -23,7 +23,7 @@ def _share_of(program, units, programs):
 
 @gluon.jit
 def _program_of(unit, units, programs):
-    """The program whose share holds ``unit``; the inverse of ``_share_of``."""
+    """The program whose share holds ``unit``; the inverse of ``share_of``."""
     base = units // programs
     more = units % programs
     long = more * (base + 1)
@@ -36,7 +36,7 @@ def count_segments(whole, tiles, steps):
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     own = gl.maximum(gl.cdiv(whole - program, programs), 0)
-    start, end = _share_of(program, (tiles - whole) * steps, programs)
+    start, end = share_of(program, (tiles - whole) * steps, programs)
     parts = gl.where(end > start, (end - 1) // steps - start // steps + 1, 0)
     return own, own + parts
 
@@ -46,7 +46,7 @@ def segment(i, own, whole, tiles, steps):
     """Tile and first and last + 1 step of this program's segment ``i``."""
     program = gl.program_id(0)
     programs = gl.num_programs(0)
-    start, end = _share_of(program, (tiles - whole) * steps, programs)
+    start, end = share_of(program, (tiles - whole) * steps, programs)
     # Backwards: a part that a later program's last one is added to comes first.
     part = (end - 1) // steps - (i - own)
     is_part = i >= own

@@ -56,6 +56,7 @@ W4A16_VARIANTS = (
 )
 
 _HOPPER_VARIANTS = ("bf16-g128", "fp16-g128", "bf16-g64-asym", "fp16-g32-asym")
+_DECODE_VARIANTS = (*_HOPPER_VARIANTS, "bf16-g128-asym", "bf16-g32", "bf16-channel")
 
 
 def target_device(target: str) -> DeviceFacts:
@@ -116,6 +117,23 @@ def w4a16_hopper_cases() -> Iterator[Specialization]:
         tiles = {c.block_m: c for _, c in candidates(1, 128, 4096, form, 132, 227 * 1024)}
         for block_m in (16, 128):
             yield w4a16_hopper_case(variant, tiles[block_m])
+
+
+def w4a16_decode_cases() -> Iterator[Specialization]:
+    """The weight-only GEMM for few tokens on Hopper: every configuration and kind of layer it takes."""
+    from pymllm_kernels.w4a16.hopper_decode_launch import specialization
+    from pymllm_kernels.w4a16.hopper_decode_tuning import CONFIGS, why_invalid
+    from pymllm_kernels.w4a16.hopper_launch import HopperLayer
+
+    for variant in (v for v in W4A16_VARIANTS if v.name in _DECODE_VARIANTS):
+        layer = HopperLayer(
+            4096, variant.k, variant.block_k, variant.group_size, variant.dtype, variant.dtype,
+            variant.zero, variant.dtype if variant.zero else None,
+        )  # fmt: skip
+        for config in CONFIGS:
+            if why_invalid(config, 1, layer.form, 227 * 1024) is None:
+                form = specialization(layer, config)
+                yield replace(form, name=f"{form.name}-{variant.name}")
 
 
 def w8a8_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specialization]:
@@ -193,5 +211,5 @@ def all_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> list[Specializa
     """Every kernel of the library at the tiles that ``tokens`` take on ``target``."""
     cases = [*w4a16_cases(target, tokens), *w8a8_cases(target, tokens), *quant_cases()]
     if target == "sm_90":
-        cases += [*w4a16_hopper_cases(), *w8a8_hopper_cases(tokens)]
+        cases += [*w4a16_hopper_cases(), *w4a16_decode_cases(), *w8a8_hopper_cases(tokens)]
     return cases

@@ -1,4 +1,4 @@
-"""Launches the W4A16 kernel for Hopper."""
+"""Launches the W4A16 kernels for Hopper."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from pymllm_kernels.common.specialization import Specialization, box_type, point
 from pymllm_kernels.common.workspace import counters
 from pymllm_kernels.device import device_facts
 from pymllm_kernels.tuning import TuningKey, resolve, state
+from pymllm_kernels.w4a16 import hopper_decode_launch
 from pymllm_kernels.w4a16.hopper import w4a16_gemm_hopper
+from pymllm_kernels.w4a16.hopper_decode_launch import PreparedDecode
+from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig
 from pymllm_kernels.w4a16.hopper_tuning import HopperConfig, HopperForm, plan
 from pymllm_kernels.w4a16.tunable import HOPPER, hopper_key
 
@@ -149,12 +152,12 @@ def launch(
     out: torch.Tensor,
     *,
     group_size: int,
-    config: HopperConfig | None = None,
+    config: HopperConfig | DecodeConfig | None = None,
 ) -> None:
     """Fills a contiguous ``out [M, N]`` from ``x [M, K]`` on the current device.
 
-    Whether the layer fits is the caller's duty. An ``x`` that TMA cannot read (rows not contiguous
-    or not on 16 bytes) is copied first.
+    Whether the layer fits is the caller's duty. An ``x`` that the kernels cannot read (rows not
+    contiguous or not on 16 bytes) is copied first.
     """
     m, k = x.shape
     _, n, slice_k = weight.shape
@@ -172,8 +175,19 @@ def launch(
     if prepared is None:
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
-        prepared = _PREPARED[key] = _Prepared(layer, m, stride, x.device, config)
+        prepared = _PREPARED[key] = _prepare(layer, m, stride, x.device, config)
     prepared(x, weight, scale, zero, bias, out)
+
+
+def _prepare(
+    layer: HopperLayer, m: int, stride_xm: int, device: torch.device,
+    config: HopperConfig | DecodeConfig | None,
+) -> _Prepared | PreparedDecode:  # fmt: skip
+    if config is None:
+        config = resolve(HOPPER, layer.tuning_key, m, device_facts(device)).config
+    if isinstance(config, DecodeConfig):
+        return PreparedDecode(layer, m, stride_xm, device, config)
+    return _Prepared(layer, m, stride_xm, device, config)
 
 
 class _Prepared:
@@ -181,13 +195,10 @@ class _Prepared:
 
     def __init__(
         self, layer: HopperLayer, m: int, stride_xm: int, device: torch.device,
-        config: HopperConfig | None,
+        config: HopperConfig,
     ) -> None:  # fmt: skip
         n, k = layer.n, layer.k
-        facts = device_facts(device)
-        if config is None:
-            config = resolve(HOPPER, layer.tuning_key, m, facts).config
-        grid = plan(config, m, n, k, layer.form, facts.multiprocessors)
+        grid = plan(config, m, n, k, layer.form, device_facts(device).multiprocessors)
         if grid is None:
             raise ValueError(
                 f"config: found {config}, which cannot share the tiles of [{m}, {k}] x {n}"
@@ -231,7 +242,7 @@ class _Prepared:
         self._kernel.launch(self._programs, stream, maps, (*addresses, *self._sizes))
 
 
-_PREPARED: dict[tuple[object, ...], _Prepared] = {}
+_PREPARED: dict[tuple[object, ...], _Prepared | PreparedDecode] = {}
 
 
 @functools.cache
@@ -249,8 +260,10 @@ def _loaded(
     return kernel, (weight, scale, zero)
 
 
-def forms(layer: HopperLayer, config: HopperConfig) -> list[Form]:
+def forms(layer: HopperLayer, config: HopperConfig | DecodeConfig) -> list[Form]:
     """What a call of a layer with a configuration needs compiled."""
+    if isinstance(config, DecodeConfig):
+        return hopper_decode_launch.forms(layer, config)
     return [Form(specialization, (compiled_layer(layer), compiled_config(config)))]
 
 

@@ -1,4 +1,7 @@
-"""Launch parameters of the W4A16 kernel for Hopper: what is valid, and the choice by a cost model."""
+"""Launch parameters of the W4A16 kernels for Hopper: what is valid, and the choice by a cost model.
+
+Up to 16 tokens the kernel of ``hopper_decode`` is an alternative to the tiles of this module.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from dataclasses import dataclass, replace
 
 from pymllm_kernels.common.launch import cheapest
 from pymllm_kernels.common.sharing import STREAM_K, share_tiles
+from pymllm_kernels.w4a16 import hopper_decode_tuning
+from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def plan(
 def candidates(
     m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
 ) -> Iterator[tuple[float, HopperConfig]]:
-    """Every valid configuration for a shape, with its estimated microseconds."""
+    """Every valid configuration of tiles for a shape, with its estimated microseconds."""
     for measured, cost in _MEASURED:
         base = _fit_ring(measured, form, shared_memory)
         if base is None:
@@ -234,9 +239,17 @@ def _fit_ring(config: HopperConfig, form: HopperForm, shared_memory: int) -> Hop
     return config
 
 
+def all_candidates(
+    m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
+) -> Iterator[tuple[float, HopperConfig | DecodeConfig]]:
+    """Every valid configuration of both kernels, with its estimated microseconds."""
+    yield from candidates(m, n, k, form, multiprocessors, shared_memory)
+    yield from hopper_decode_tuning.candidates(m, n, k, form, multiprocessors, shared_memory)
+
+
 def choose_config(
     m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
-) -> HopperConfig:
+) -> HopperConfig | DecodeConfig:
     """The configuration with the least estimated time.
 
     Raises:
@@ -251,6 +264,6 @@ def choose_config(
 @functools.lru_cache(maxsize=4096)
 def _choose_config(
     m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
-) -> HopperConfig:
-    found = candidates(m, n, k, form, multiprocessors, shared_memory)
-    return cheapest(found, "the W4A16 kernel for Hopper", shared_memory)
+) -> HopperConfig | DecodeConfig:
+    found = all_candidates(m, n, k, form, multiprocessors, shared_memory)
+    return cheapest(found, "the W4A16 kernels for Hopper", shared_memory)

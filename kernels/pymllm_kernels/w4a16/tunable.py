@@ -19,7 +19,8 @@ from pymllm_kernels.device import DeviceFacts
 from pymllm_kernels.problem import LinearProblem
 from pymllm_kernels.tuning.keys import TuningKey, dtype_name
 from pymllm_kernels.tuning.tunable import Config, Tunable
-from pymllm_kernels.w4a16 import hopper_tuning, tuning
+from pymllm_kernels.w4a16 import hopper_decode_tuning, hopper_tuning, tuning
+from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig
 from pymllm_kernels.w4a16.hopper_tuning import HopperConfig, HopperForm
 from pymllm_kernels.w4a16.layout import choose_layout
 
@@ -28,8 +29,11 @@ class HopperTunable(Tunable):
     """``gluon_hopper_w4a16``."""
 
     operation = "gluon_hopper_w4a16"
-    kernels: ClassVar = {"tiles": HopperConfig}
-    sources = ("pymllm_kernels.w4a16.hopper:w4a16_gemm_hopper",)
+    kernels: ClassVar = {"tiles": HopperConfig, "decode": DecodeConfig}
+    sources = (
+        "pymllm_kernels.w4a16.hopper:w4a16_gemm_hopper",
+        "pymllm_kernels.w4a16.hopper_decode:w4a16_decode_hopper",
+    )
 
     def key_of(self, problem: LinearProblem) -> TuningKey:
         return hopper_key(
@@ -43,19 +47,23 @@ class HopperTunable(Tunable):
         )
 
     def candidates(self, key: TuningKey, m: int, facts: DeviceFacts) -> Sequence[Config]:
-        found = hopper_tuning.candidates(
+        found = hopper_tuning.all_candidates(
             m, key.n, key.k, hopper_form(key), facts.multiprocessors, facts.shared_memory
         )
         return [config for _, config in sorted(found, key=lambda item: item[0])]
 
     def why_invalid(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> str | None:
         form = hopper_form(key)
+        if isinstance(config, DecodeConfig):
+            return hopper_decode_tuning.why_invalid(config, m, form, facts.shared_memory)
         reason = hopper_tuning.why_invalid(config, form, facts.shared_memory)
         if reason is None and not self._planned(config, key, m, facts):
             return f"{config} cannot share the tiles of [{m}, {key.k}] x {key.n}"
         return reason
 
     def adapt(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
+        if isinstance(config, DecodeConfig):
+            return config
         # Whole rounds of tiles leave stream-K nothing to share.
         if config.share == STREAM_K and not self._planned(config, key, m, facts):
             return replace(config, share=1)

@@ -1,0 +1,100 @@
+"""Launches the W4A16 kernel for few tokens on Hopper."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from pymllm_kernels.common.cuda import raw_stream
+from pymllm_kernels.common.forms import Form
+from pymllm_kernels.common.gluon_hopper import GLUON_DTYPE
+from pymllm_kernels.common.launcher import LoadedKernel, load
+from pymllm_kernels.common.specialization import Specialization, pointer_type
+from pymllm_kernels.device import device_facts
+from pymllm_kernels.w4a16.hopper_decode import w4a16_decode_hopper
+from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig, why_invalid
+
+if TYPE_CHECKING:
+    from pymllm_kernels.w4a16.hopper_launch import HopperLayer
+
+_ONE_GROUP = 2**30
+
+
+def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
+    """The compiled form that runs a layer with a configuration; equal for all N, K and M."""
+    optional = {
+        "zero_ptr": "*i8" if layer.zero else None,
+        "bias_ptr": None if layer.bias is None else pointer_type(layer.bias),
+    }
+    signature = {
+        "x_ptr": pointer_type(layer.act),
+        "weight_ptr": "*i16",
+        "scale_ptr": pointer_type(layer.scale),
+        "out_ptr": pointer_type(layer.act),
+        **{name: kind for name, kind in optional.items() if kind is not None},
+        **dict.fromkeys(("M", "N", "K", "groups", "stride_x8"), "i32"),
+    }
+    constants = {
+        "HALF": GLUON_DTYPE[layer.act],
+        "GROUP_SIZE": _ONE_GROUP if layer.group_size == -1 else layer.group_size,
+        "RUNS": layer.form.runs,
+        "ROWS": config.rows,
+        "PLACES": config.places,
+        "TILES": config.tiles,
+        "AHEAD": config.ahead,
+        "WARPS": config.warps,
+    }
+    return Specialization(
+        f"w4a16-decode-{config.block_m}x{config.rows}-{config.warps}-warps",
+        w4a16_decode_hopper,
+        signature,
+        {**constants, **{name: None for name, kind in optional.items() if kind is None}},
+        num_warps=config.warps,
+        # A bias may be a view that starts anywhere.
+        divisible_by_16=("x_ptr", "weight_ptr", "scale_ptr", "out_ptr"),
+        # 16 warps a multiprocessor, in one program or several.
+        options={"maxnreg": 128},
+    )
+
+
+class PreparedDecode:
+    """A launch for one shape of a layer and number of tokens, but for the addresses."""
+
+    def __init__(
+        self, layer: HopperLayer, m: int, stride_xm: int, device: torch.device, config: DecodeConfig
+    ) -> None:  # fmt: skip
+        """See ``hopper_launch.launch``.
+
+        Raises:
+            ValueError: the configuration does not take the layer or the tokens.
+        """
+        facts = device_facts(device)
+        reason = why_invalid(config, m, layer.form, facts.shared_memory)
+        if reason is not None:
+            raise ValueError(f"config: {reason}")
+        self._device = device
+        self._kernel = _kernel(layer._replace(n=0, k=0), config, device)
+        self._programs = config.programs(layer.n, facts.multiprocessors)
+        self._sizes = (m, layer.n, layer.k, layer.groups, stride_xm // 8)
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
+        zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Launches on the current device and stream."""
+        given = (x, weight, scale, zero, bias, out)
+        addresses = (tensor.data_ptr() for tensor in given if tensor is not None)
+        stream = raw_stream(self._device.index)
+        self._kernel.launch(self._programs, stream, (), (*addresses, *self._sizes))
+
+
+def forms(layer: HopperLayer, config: DecodeConfig) -> list[Form]:
+    """What a call of a layer with a configuration needs compiled."""
+    return [Form(specialization, (layer._replace(n=0, k=0), config))]
+
+
+@functools.cache
+def _kernel(layer: HopperLayer, config: DecodeConfig, device: torch.device) -> LoadedKernel:
+    return load(specialization(layer, config), device)

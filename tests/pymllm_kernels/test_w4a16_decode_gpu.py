@@ -1,0 +1,143 @@
+"""The W4A16 kernel for few tokens on a GPU of capability 9.0."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pymllm_kernels import select_kernel
+from pymllm_kernels.testing.inputs import W4A16Layer, assert_as_accurate_as_torch, make_w4a16
+from pymllm_kernels.w4a16.api import W4A16Weight
+from pymllm_kernels.w4a16.hopper_decode_tuning import CONFIGS, DecodeConfig, why_invalid
+
+hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+if not hopper:
+    pytest.skip("needs a GPU of capability 9.0", allow_module_level=True)
+
+from pymllm_kernels.w4a16.hopper_launch import form_of, launch
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def prepared(layer: W4A16Layer) -> W4A16Weight:
+    kernel = select_kernel(layer.problem).kernel
+    assert kernel.name == "gluon_hopper_w4a16"
+    return kernel.prepare(layer.problem, layer.words, layer.scale, layer.zero, layer.g_idx)  # type: ignore[attr-defined, no-any-return]
+
+
+def valid(m: int, weight: W4A16Weight, group_size: int) -> list[DecodeConfig]:
+    scale = weight.scale.dtype
+    form = form_of(4 * weight.weight.shape[2], group_size, scale, scale, weight.zero is None)
+    return [config for config in CONFIGS if why_invalid(config, m, form, 227 * 1024) is None]
+
+
+def run(
+    x: torch.Tensor, weight: W4A16Weight, bias: torch.Tensor | None, group_size: int,
+    config: DecodeConfig,
+) -> torch.Tensor:  # fmt: skip
+    """The result in memory that was NaN, with NaN beside it that must stay."""
+    m, n = x.shape[0], weight.weight.shape[1]
+    memory = torch.full((m * n + 4096,), float("nan"), dtype=x.dtype, device=x.device)
+    out = memory[2048 : 2048 + m * n].view(m, n)
+    launch(
+        x, weight.weight, weight.scale, weight.zero, bias, out, group_size=group_size, config=config
+    )
+    assert memory[:2048].isnan().all() and memory[2048 + m * n :].isnan().all()
+    return out
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [128, 64, 32, 256, -1])
+def test_every_configuration(group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
+    # 33 row blocks for 132 or 264 programs; 11 or 12 blocks of K for 8 or 16 warps.
+    n, k = 528, 1536 if group_size == 256 else 1408
+    layer = make_w4a16(n, k, group_size, symmetric=symmetric, dtype=dtype, device="cuda")
+    weight = prepared(layer)
+    bias = torch.randn(n, device="cuda").to(dtype)
+    for m in (1, 5, 8, 9, 16):
+        x = torch.randn(m, k, device="cuda").to(dtype)
+        exact = x.double() @ layer.exact.T + bias.double()
+        rounded = F.linear(x, layer.rounded, bias)
+        for config in valid(m, weight, group_size):
+            out = run(x, weight, bias, group_size, config)
+            assert_as_accurate_as_torch(out, exact, rounded)
+            assert torch.equal(run(x, weight, bias, group_size, config), out), config
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(16, 128), (16, 4096), (10240, 2048), (57344, 1024)])
+def test_shares_of_row_blocks(n: int, k: int, config: DecodeConfig) -> None:
+    """One row block, several passes, and programs with one row block more than others."""
+    layer = make_w4a16(n, k, 128, device="cuda")
+    weight = prepared(layer)
+    x = torch.randn(config.block_m - 1, k, device="cuda").to(BF16)
+    out = run(x, weight, None, 128, config)
+    assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.rounded))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_inputs_that_end_inside_a_block(config: DecodeConfig) -> None:
+    layer = make_w4a16(272, 5112, -1, device="cuda")
+    weight = prepared(layer)
+    assert weight.weight.shape[2] == 32
+    x = torch.randn(3, 5112, device="cuda").to(BF16)
+    out = run(x, weight, None, -1, config)
+    assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.rounded))
+
+
+def test_rows_of_a_larger_tensor() -> None:
+    layer = make_w4a16(512, 1024, 128, device="cuda")
+    weight = prepared(layer)
+    base = torch.randn(16, 2056, device="cuda").to(BF16)
+    for config in valid(16, weight, 128):
+        for x in (base[:, 8:1032], base[:, 1:1025], base[:, :1024].T.contiguous().T):
+            expected = run(x.contiguous(), weight, None, 128, config)
+            assert torch.equal(run(x, weight, None, 128, config), expected)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-40, 2.0**-10, 2.0**20, 2.0**50])
+def test_magnitudes(magnitude: float) -> None:
+    layer = make_w4a16(256, 2048, 128, device="cuda")
+    weight = prepared(layer)
+    x = torch.randn(4, 2048, device="cuda").to(BF16)
+    # Powers of two change nothing but the exponent, unless something over- or underflows.
+    for config in valid(4, weight, 128):
+        expected = run(x, weight, None, 128, config) * magnitude
+        assert torch.equal(run(x * magnitude, weight, None, 128, config), expected)
+
+
+def test_activations_of_one_sign() -> None:
+    """The sum of x over a group is then large beside the result."""
+    for symmetric in (True, False):
+        layer = make_w4a16(512, 4096, 128, symmetric=symmetric, device="cuda")
+        weight = prepared(layer)
+        x = (torch.rand(8, 4096, device="cuda") + 1).to(BF16)
+        for config in valid(8, weight, 128):
+            out = run(x, weight, None, 128, config)
+            exact = x.double() @ layer.exact.T
+            assert_as_accurate_as_torch(out, exact, F.linear(x, layer.rounded))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_ten_thousand_launches_give_the_same_bits(config: DecodeConfig) -> None:
+    layer = make_w4a16(4096, 4096, 128, device="cuda")
+    weight = prepared(layer)
+    x = torch.randn(config.block_m, 4096, device="cuda").to(BF16)
+    first = run(x, weight, None, 128, config)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    out = torch.empty_like(first)
+    for _ in range(10_000):
+        out.fill_(float("nan"))
+        launch(x, *weight[:3], None, out, group_size=128, config=config)
+        differing += (out != first).any()
+    assert differing.item() == 0
+
+
+def test_more_tokens_than_a_configuration_takes_are_refused() -> None:
+    layer = make_w4a16(512, 1024, 128, device="cuda")
+    weight = prepared(layer)
+    x = torch.randn(9, 1024, device="cuda").to(BF16)
+    with pytest.raises(ValueError, match="up to 8 tokens, found 9"):
+        run(x, weight, None, 128, DecodeConfig(8, rows=4))
