@@ -256,8 +256,11 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
-def test_long_work_is_never_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_work_is_never_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a terminal a line every five seconds or more, and nothing for short work."""
+    monkeypatch.setattr("pymllm.cli.report._SILENCE_S", 5.0)
     now = 0.0
     with Progress(clock=lambda: now) as progress:
         for second in range(31):
