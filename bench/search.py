@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from pymllm.bench.environment import environment
 from pymllm.bench.shapes import Shape, parse_shape
 from pymllm.bench.timing import cold_bytes, copies_for, graph_time
 from pymllm_kernels.device import device_facts
-from pymllm_kernels.w4a16.hopper_launch import form_of, launch
-from pymllm_kernels.w4a16.hopper_tuning import STREAM_K, HopperConfig, HopperForm, candidates
+from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig
+from pymllm_kernels.w4a16.hopper_launch import compiled_config, form_of, launch
+from pymllm_kernels.w4a16.hopper_tuning import HopperConfig, HopperForm, all_candidates
 from pymllm_kernels.w4a16.layout import SlicedInt4, choose_layout
 
 BF16 = torch.bfloat16
@@ -39,7 +40,8 @@ LAYERS = (
 TOKENS = "1,4,16,32,64,128,256,512,1024,4096"
 
 Weight = tuple[torch.Tensor, torch.Tensor]
-Job = tuple[HopperConfig, int, int]
+Config = HopperConfig | DecodeConfig
+Job = tuple[Config, int, int]
 
 
 def arguments() -> argparse.Namespace:
@@ -68,7 +70,7 @@ def weight_of(n: int, k: int) -> Weight:
     return packed, scale
 
 
-def call(x: torch.Tensor, weight: Weight, config: HopperConfig, group: int) -> torch.Tensor:
+def call(x: torch.Tensor, weight: Weight, config: Config, group: int) -> torch.Tensor:
     out = torch.empty(x.shape[0], weight[1].shape[1], dtype=BF16, device="cuda")
     launch(x, *weight, None, None, out, group_size=group, config=config)
     return out
@@ -81,13 +83,11 @@ def compile_one(job: Job) -> None:
     torch.cuda.synchronize()
 
 
-def compile_all(chosen: dict[tuple[int, Shape], list[tuple[float, HopperConfig]]]) -> int:
-    jobs: dict[tuple[HopperConfig, int], Job] = {}
+def compile_all(chosen: dict[tuple[int, Shape], list[tuple[float, Config]]]) -> int:
+    jobs: dict[tuple[Config, int], Job] = {}
     for (_, (_, k)), found in chosen.items():
         for _, config in found:
-            # How a tile is shared is compiled in, among how many is not.
-            share = 1 if config.share == 1 else STREAM_K
-            one = replace(config, share=share)
+            one = compiled_config(config) if isinstance(config, HopperConfig) else config
             jobs.setdefault((one, form(k).block_k), (one, 1024, 2048 if k % 128 == 0 else 2112))
     context = multiprocessing.get_context("spawn")
     workers = min(14, os.cpu_count() or 1)
@@ -97,7 +97,7 @@ def compile_all(chosen: dict[tuple[int, Shape], list[tuple[float, HopperConfig]]
 
 
 def measure(
-    m: int, weights: list[Weight], k: int, found: list[tuple[float, HopperConfig]]
+    m: int, weights: list[Weight], k: int, found: list[tuple[float, Config]]
 ) -> list[dict[str, Any]]:
     x = torch.randn(m, k, device="cuda").to(BF16)
     cells = []
@@ -123,7 +123,7 @@ def main() -> int:
     chosen = {}
     for n, k in shapes:
         for m in tokens:
-            every = candidates(m, n, k, form(k), facts.multiprocessors, facts.shared_memory)
+            every = all_candidates(m, n, k, form(k), facts.multiprocessors, facts.shared_memory)
             chosen[m, (n, k)] = sorted(every, key=lambda item: item[0])[: options.best]
     began = time.monotonic()
     print(f"compiled {compile_all(chosen)} forms in {time.monotonic() - began:.0f} s", flush=True)
