@@ -232,6 +232,8 @@ def _sweep(problem: LinearProblem, place: str, max_tokens: int) -> Counts:
     from pymllm.tuning.cases import GpuCase
 
     device = torch.device(place)
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.set_device(device)
     kernel = select_kernel(problem).kernel
     if kernel.tunable is not None:

@@ -14,6 +14,7 @@ from pymllm_kernels.tuning.resolving import Resolved, config_for, resolve
 from pymllm_kernels.tuning.tunable import Tunable
 
 CHANNEL = -1
+_BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,15 @@ def check_call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     """What a kernel checks of every call beyond the dtype and number of inputs of ``x``.
 
     Raises:
-        ValueError: ``x`` is not where the weight is, or ``bias`` is not ``[N]`` there.
+        ValueError: ``x`` is not where the weight is, or ``bias`` is not ``[N]`` there, in bf16, fp16 or
+            fp32.
     """
     if x.device != weight.device:
         raise ValueError(f"x: found on {x.device}, but the weight is on {weight.device}")
     if bias is not None:
         if bias.shape != (n,):
             raise ValueError(f"bias: found shape {tuple(bias.shape)}, expected ({n},)")
+        if bias.dtype not in _BIAS_DTYPES:
+            raise ValueError(f"bias: found {bias.dtype}, accepted {_BIAS_DTYPES}")
         if bias.device != x.device:
             raise ValueError(f"bias: found on {bias.device}, but x is on {x.device}")
