@@ -48,7 +48,7 @@ def _on_device(x: torch.Tensor) -> Iterator[None]:
 
 
 def _is_current(x: torch.Tensor) -> bool:
-    return x.device.type != "cuda" or x.device.index == torch.cuda.current_device()
+    return not x.is_cuda or x.get_device() == torch.cuda.current_device()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

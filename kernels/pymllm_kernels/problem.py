@@ -118,12 +118,12 @@ def check_call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
         ValueError: ``x`` is not where the weight is, or ``bias`` is not ``[N]`` there, in bf16, fp16 or
             fp32.
     """
-    if x.device != weight.device:
+    if x.get_device() != weight.get_device():
         raise ValueError(f"x: found on {x.device}, but the weight is on {weight.device}")
     if bias is not None:
         if bias.shape != (n,):
             raise ValueError(f"bias: found shape {tuple(bias.shape)}, expected ({n},)")
         if bias.dtype not in _BIAS_DTYPES:
             raise ValueError(f"bias: found {bias.dtype}, accepted {_BIAS_DTYPES}")
-        if bias.device != x.device:
+        if bias.get_device() != x.get_device():
             raise ValueError(f"bias: found on {bias.device}, but x is on {x.device}")

@@ -172,7 +172,7 @@ def check_compiler(
     return Check(
         name,
         status,
-        "no gcc or clang on PATH: Triton builds its launcher with one",
+        "no gcc or clang on PATH: Triton builds launchers with one; ours on NVIDIA need none",
         "apt-get install gcc libc6-dev (Fedora: dnf install gcc)",
     )
 
@@ -185,7 +185,7 @@ def check_headers(include_dir: str, version: Sequence[int], needed: bool) -> Che
     return Check(
         "Python headers",
         MISSING if needed else WARNING,
-        f"no Python.h in {include_dir}: Triton's launcher is compiled with it",
+        f"no Python.h in {include_dir}: Triton builds launchers with it; ours on NVIDIA need none",
         f"apt-get install python{dotted}-dev (Fedora: dnf install python{dotted}-devel)",
     )
 

@@ -36,7 +36,8 @@ BEST = 12
 
 MakeCase = Callable[..., Case]
 """``(kernel, problem, *, device, most_tokens)``: see :class:`GpuCase`."""
-Compile = Callable[[Sequence[Form], DeviceFacts, Callable[[int, int], None]], object]
+Compile = Callable[..., object]
+"""Takes what :func:`compile_forms` takes."""
 
 
 class Result(NamedTuple):
@@ -171,12 +172,10 @@ def _compile(jobs: Sequence[_Job], compile_all: Compile, progress: Callable[[str
         for config in job.todo:
             of_device |= dict.fromkeys(job.kernel.forms(job.problem, job.place.m, config=config))
     for facts, needed in forms.items():
-        try:
-            compile_all(
-                list(needed), facts, lambda done, of: progress(f"compiled {done} of {of} kernels")
-            )
-        except RuntimeError as error:
-            progress(f"{error}; the rest is compiled one by one")
+        compile_all(
+            list(needed), facts, lambda done, of: progress(f"compiled {done} of {of} kernels"),
+            failed=progress,
+        )  # fmt: skip
 
 
 def _measure_all(

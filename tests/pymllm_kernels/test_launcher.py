@@ -65,7 +65,7 @@ def test_parameters_are_in_the_order_of_the_kernel(monkeypatch: pytest.MonkeyPat
     driver = Driver(monkeypatch)
     form = specialization(LAYER, CONFIG)
     kernel = launcher.LoadedKernel(form, compile_specialization(form, GPUTarget("cuda", 90, 32)))
-    driver.sizes = [size for _, size in launcher.parameter_layout(form)]
+    driver.sizes = [size for sizes in launcher.parameter_layout(form) for size in sizes]
     shapes = [(3, 4096), (32 * 4096, 32), (32 * 4096,), (32 * 4096,)]
     dtypes = [BF16, torch.int16, BF16, torch.int8]
     maps = [
@@ -210,6 +210,17 @@ def test_a_form_that_does_not_compile_is_named() -> None:
         compile_forms([Form(_broken, ())], HOPPER)
 
 
-def _broken() -> Specialization:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_others_are_compiled_where_failures_are_told(workers: int) -> None:
+    quantization = quant.form_of(BF16, 2048, 2048, 1, 0, static=False, zero=False)
+    good = Form(quant.specialization, (quantization,))
+    told: list[str] = []
+    forms = [Form(_broken, (i,)) for i in range(4)]
+    compile_forms([*forms, good], HOPPER, workers=workers, failed=told.append)
+    assert is_compiled(good, HOPPER)
+    assert len(told) == 4 and all("broken does not compile" in text for text in told)
+
+
+def _broken(number: int = 0) -> Specialization:
     form = specialization(LAYER, CONFIG)
     return dataclasses.replace(form, name="broken", constexprs={**form.constexprs, "RUNS": "no"})

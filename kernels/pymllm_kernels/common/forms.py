@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -59,6 +60,7 @@ def compile_forms(
     facts: DeviceFacts,
     progress: Callable[[int, int], None] = lambda done, of: None,
     workers: int | None = None,
+    failed: Callable[[str], None] | None = None,
 ) -> int:
     """Compiles what Triton's cache on disk does not have, by as many processes as there are cores.
 
@@ -67,12 +69,13 @@ def compile_forms(
         facts: the GPU that will run them; it need not be here.
         progress: told how many of how many are done.
         workers: processes; the number of cores if ``None``.
+        failed: told of each form that does not compile; the others are compiled nonetheless.
 
     Returns:
-        How many were compiled.
+        How many were to be compiled.
 
     Raises:
-        RuntimeError: a form does not compile; the message names it.
+        RuntimeError: a form does not compile, and there is no ``failed``; the message names it.
     """
     wanted = [form for form in dict.fromkeys(forms) if not is_compiled(form, facts)]
     progress(0, len(wanted))
@@ -80,7 +83,7 @@ def compile_forms(
     count = min(workers or cores or 1, -(-len(wanted) // _FORMS_A_WORKER))
     if count < 2:
         for done, form in enumerate(wanted, 1):
-            _compile(form, facts)
+            _tell_failure(functools.partial(_compile, form, facts), failed)
             progress(done, len(wanted))
         return len(wanted)
     context = multiprocessing.get_context("spawn")
@@ -88,12 +91,21 @@ def compile_forms(
         running = [pool.submit(_compile, form, facts) for form in wanted]
         try:
             for done, one in enumerate(concurrent.futures.as_completed(running), 1):
-                one.result()
+                _tell_failure(one.result, failed)
                 progress(done, len(wanted))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return len(wanted)
+
+
+def _tell_failure(compiled: Callable[[], None], failed: Callable[[str], None] | None) -> None:
+    try:
+        compiled()
+    except RuntimeError as error:
+        if failed is None:
+            raise
+        failed(str(error))
 
 
 def _compile(form: Form, facts: DeviceFacts) -> None:

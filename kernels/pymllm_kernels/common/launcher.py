@@ -8,6 +8,7 @@ lie in place, and a launch writes the ones that change and calls the driver.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import struct
 import threading
@@ -93,17 +94,16 @@ class LoadedKernel:
             32 * metadata.num_warps, metadata.shared,
             cooperative=metadata.launch_cooperative_grid, dependent=metadata.launch_pdl,
         )  # fmt: skip
-        sizes = [size for _, size in layout]
-        self._parameters = (ctypes.c_void_p * len(layout))()
-        places = [i for i, (kind, _) in enumerate(layout) if kind == "value"]
+        starts = [0, *itertools.accumulate(len(sizes) for sizes in layout)]
+        spans = list(zip(layout, itertools.pairwise(starts), strict=True))
+        self._maps = [slice(*span) for sizes, span in spans if len(sizes) > 1]
+        places = [span[0] for sizes, span in spans if len(sizes) == 1]
+        self._parameters = (ctypes.c_void_p * starts[-1])()
         self._values = (ctypes.c_uint64 * len(places))()
-        for j, i in enumerate(places):
-            self._parameters[i] = ctypes.addressof(self._values) + 8 * j
+        for j, place in enumerate(places):
+            self._parameters[place] = ctypes.addressof(self._values) + 8 * j
         # Little endian: a 4-byte integer is the low half of its place.
         self._pack = struct.Struct(f"<{len(places) - _SCRATCH_POINTERS}q").pack_into
-        maps = [i for i, (kind, _) in enumerate(layout) if kind == "map"]
-        ends = [next(j for j in range(i + 1, len(sizes) + 1) if _ends_map(layout, j)) for i in maps]
-        self._maps = [slice(i, end) for i, end in zip(maps, ends, strict=True)]
         self._lock = threading.Lock()
 
     def launch(
@@ -127,14 +127,10 @@ class LoadedKernel:
             cuda.launch(self._config, self._function, parameters)
 
 
-def _ends_map(layout: Sequence[tuple[str, int]], index: int) -> bool:
-    return index == len(layout) or layout[index][0] != "of map"
+def parameter_layout(form: Specialization) -> list[list[int]]:
+    """Bytes of the compiled kernel's parameters, in a list for each argument.
 
-
-def parameter_layout(form: Specialization) -> list[tuple[str, int]]:
-    """(kind, bytes) of every parameter of the compiled kernel.
-
-    Kinds: ``"map"`` for a tensor map, ``"of map"`` for the sizes and strides after it, ``"value"``.
+    Of a tensor map its own, then those of its sizes and strides; of anything else one.
     """
     layout = []
     for name in form.kernel.arg_names:
@@ -143,17 +139,16 @@ def parameter_layout(form: Specialization) -> list[tuple[str, int]]:
             continue
         if match := _RANK.match(kind):
             rank = match.group(1).count(",") + 1
-            layout.append(("map", cuda.MAP_BYTES))
-            layout += [("of map", 4)] * rank + [("of map", 8)] * rank
+            layout.append([cuda.MAP_BYTES, *[4] * rank, *[8] * rank])
         elif kind.startswith("*") or kind == "i64":
-            layout.append(("value", 8))
+            layout.append([8])
         else:
             assert kind == "i32", kind
-            layout.append(("value", 4))
-    return layout + [("value", 8)] * _SCRATCH_POINTERS
+            layout.append([4])
+    return layout + [[8]] * _SCRATCH_POINTERS
 
 
-def expect_parameters(form: Specialization, layout: list[tuple[str, int]], ptx: str) -> None:
+def expect_parameters(form: Specialization, layout: list[list[int]], ptx: str) -> None:
     """Raises ``RuntimeError`` if the compiled kernel takes other parameters: another Triton might."""
     entry = re.search(r"\.entry[^(]*\(([^)]*)\)", ptx)
     found = []
@@ -164,10 +159,11 @@ def expect_parameters(form: Specialization, layout: list[tuple[str, int]], ptx: 
             found.append(int(array.group(1)))
         elif bits:
             found.append(int(bits.group(1)) // 8)
-    if found != [size for _, size in layout]:
+    expected = list(itertools.chain.from_iterable(layout))
+    if found != expected:
         raise RuntimeError(
             f"{form.name}: the compiled kernel takes parameters of {found} bytes, expected "
-            f"{[size for _, size in layout]}; this version of Triton is not supported"
+            f"{expected}; this version of Triton is not supported"
         )
 
 

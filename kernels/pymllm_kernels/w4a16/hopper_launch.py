@@ -164,15 +164,17 @@ def launch(
     if m == 0:
         return
     x = _readable(x)
-    layer = HopperLayer(
-        n, k, 4 * slice_k, group_size, x.dtype, scale.dtype, zero is not None,
-        None if bias is None else bias.dtype,
-    )  # fmt: skip
     # The stride of a single row may be anything.
     stride = x.stride(0) if m > 1 else k
-    key = (layer, m, stride, x.device.index, config, state.generation)
+    key = (
+        x.dtype, scale.dtype, zero is None, None if bias is None else bias.dtype, n, k, slice_k,
+        group_size, m, stride, x.get_device(), config, state.generation,
+    )  # fmt: skip
     prepared = _PREPARED.get(key)
     if prepared is None:
+        layer = HopperLayer(
+            n, k, 4 * slice_k, group_size, x.dtype, scale.dtype, zero is not None, key[3]
+        )
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
         prepared = _PREPARED[key] = _prepare(layer, m, stride, x.device, config)
@@ -213,7 +215,6 @@ class _Prepared:
         self._device = device
         self._programs = grid.programs
         self._part_elements = grid.part_elements(config)
-        self._bias = layer.bias is not None
         self._sizes = (m, n, layer.groups, grid.tiles_m, grid.tiles_n, grid.whole, grid.steps, n)
 
     def __call__(
@@ -283,9 +284,13 @@ def compiled_config(config: HopperConfig) -> HopperConfig:
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
-    row_bytes = x.stride(0) * x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or row_bytes % 16 == 0)
-    return x if aligned and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    if x.data_ptr() % 16 == 0:
+        # K is a multiple of 8: rows of a contiguous x are multiples of 16 bytes.
+        if x.is_contiguous():
+            return x
+        if x.stride(1) == 1 and (x.shape[0] == 1 or x.stride(0) % 8 == 0):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _tile_type(dtype: torch.dtype, rows: int, columns: int) -> str:

@@ -154,15 +154,16 @@ def launch_linear(
     if m == 0 or n == 0:
         return
     static = input_scale is not None
-    layer = HopperLayer(
-        n, k, x.dtype, w_scale.numel() > 1, static, input_zero is not None if static else not symmetric,
-        None if bias is None else bias.dtype,
-    )  # fmt: skip
+    zero = input_zero is not None if static else not symmetric
     # The stride of a single row may be anything.
     strides = (x.stride(0) if m > 1 else k, x.stride(1))
-    key = (layer, m, strides, x.data_ptr() % 16, x.device.index, config, plan, state.generation)
+    key = (
+        x.dtype, w_scale.numel() > 1, static, zero, None if bias is None else bias.dtype, n, k, m,
+        strides, x.data_ptr() % 16, x.get_device(), config, plan, state.generation,
+    )  # fmt: skip
     prepared = _PREPARED.get(key)
     if prepared is None:
+        layer = HopperLayer(n, k, x.dtype, key[1], static, zero, key[4])
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
         prepared = _PREPARED[key] = _Prepared(layer, m, strides, x, config, plan)

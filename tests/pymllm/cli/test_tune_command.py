@@ -54,7 +54,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up Hopper GPU."""
     fake = functools.partial(
         importlib.import_module("pymllm.tuning.tune").tune,
-        make_case=Timed, compile_all=lambda forms, facts, progress: None,
+        make_case=Timed, compile_all=lambda forms, facts, progress, failed: None,
     )  # fmt: skip
     monkeypatch.setattr(pymllm.tuning, "tune", fake)
     monkeypatch.setattr("pymllm.cli.devices.best_device", lambda name: torch.device("cuda"))

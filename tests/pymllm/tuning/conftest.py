@@ -66,8 +66,9 @@ class FakeGpu:
         return Case()
 
     def compile_all(
-        self, forms: Any, facts: DeviceFacts, progress: Callable[[int, int], None]
-    ) -> None:
+        self, forms: Any, facts: DeviceFacts, progress: Callable[[int, int], None],
+        failed: Callable[[str], None],
+    ) -> None:  # fmt: skip
         self.compiled += forms
         progress(len(forms), len(forms))
 

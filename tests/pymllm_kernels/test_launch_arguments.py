@@ -1,0 +1,221 @@
+"""What the Hopper launchers pass to the driver, seen without a GPU: addresses, sizes, workspaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from pymllm_kernels import ops, planned_device
+from pymllm_kernels.common import launcher
+from pymllm_kernels.per_token_quant_int8 import launch as quant
+from pymllm_kernels.w4a16 import hopper_decode_launch, hopper_launch
+from pymllm_kernels.w8a8_int8 import hopper_launch as w8a8_launch
+
+BF16, FP32 = torch.bfloat16, torch.float32
+HOPPER = planned_device("9.0")
+
+
+class Kernel:
+    """Stands for a loaded kernel: its parameters by name, as the driver would get them."""
+
+    launches: list[tuple[str, int, dict[str, Any]]] = []  # noqa: RUF012
+
+    def __init__(self, form: Any, device: torch.device) -> None:
+        self.form = form
+        names = [name for name in form.kernel.arg_names if name in form.signature]
+        self.maps = [name for name in names if form.signature[name].startswith("tensordesc")]
+        self.values = [name for name in names if name not in self.maps]
+        self.described = [{"block_size": name, "swizzle": 0} for name in self.maps]
+
+    def launch(self, programs: int, stream: int, maps: Any, values: Any) -> None:
+        given = dict(zip(self.maps, maps, strict=True)) | dict(
+            zip(self.values, values, strict=True)
+        )
+        assert stream == 5
+        Kernel.launches.append((self.form.name, programs, given))
+
+
+class Maps:
+    """Stands for tensor maps: the box they were made for, shape, strides and address."""
+
+    def __init__(self, described: Any, dtype: Any, shape: Any, strides: Any) -> None:
+        self.made = (described["block_size"], dtype, tuple(shape), tuple(strides))
+
+    def at(self, address: int) -> Any:
+        return (*self.made, address)
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    counters = torch.zeros(528, dtype=torch.int32)
+    modules: tuple[Any, ...] = (hopper_launch, hopper_decode_launch, w8a8_launch, quant)
+    for module in modules:
+        monkeypatch.setattr(module, "load", Kernel)
+        monkeypatch.setattr(module, "raw_stream", lambda index: 5, raising=False)
+        monkeypatch.setattr(module, "device_facts", lambda device: HOPPER, raising=False)
+        monkeypatch.setattr(module, "TensorMaps", Maps, raising=False)
+        monkeypatch.setattr(module, "counters", lambda device: counters, raising=False)
+        monkeypatch.setattr(module, "_PREPARED", {}, raising=False)
+    monkeypatch.setattr(launcher.cuda, "raw_stream", lambda index: 5)
+    monkeypatch.setattr(Kernel, "launches", [])
+    cached: list[Any] = [
+        hopper_launch._loaded, hopper_launch._kernel, hopper_decode_launch._kernel,
+        w8a8_launch._loaded, w8a8_launch._gemm, quant.loaded,
+    ]  # fmt: skip
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+def w4a16(m: int, n: int = 4096, k: int = 4096, **more: Any) -> dict[str, torch.Tensor]:
+    given = {
+        "x": torch.empty(m, k, dtype=BF16),
+        "weight": torch.empty(k // 128, n, 32, dtype=torch.int16),
+        "scale": torch.empty(k // 128, n, dtype=BF16),
+        "zero": torch.empty(k // 128, n, dtype=torch.int8),
+        "bias": torch.empty(n, dtype=FP32),
+        "out": torch.empty(m, n, dtype=BF16),
+    }
+    hopper_launch.launch(
+        given["x"], given["weight"], given["scale"], given["zero"], given["bias"], given["out"],
+        group_size=128, **more,
+    )  # fmt: skip
+    return given
+
+
+@pytest.mark.parametrize("m", [1, 7, 16])
+def test_few_tokens(m: int) -> None:
+    t = w4a16(m)
+    ((name, programs, given),) = Kernel.launches
+    assert "decode" in name and programs == 132
+    addresses = {f"{key}_ptr": t[key].data_ptr() for key in t}
+    sizes = {"M": m, "N": 4096, "K": 4096, "groups": 32, "stride_x8": 512}
+    assert given == addresses | sizes
+
+
+@pytest.mark.parametrize("m", [100, 1000])
+def test_tiles(m: int) -> None:
+    t = w4a16(m)
+    ((name, programs, given),) = Kernel.launches
+    address = {key: tensor.data_ptr() for key, tensor in t.items()}
+    assert given["x_desc"] == ("x_desc", BF16, (m, 4096), (4096, 1), address["x"])
+    assert given["weight_desc"][1:] == (torch.int16, (32 * 4096, 32), (32, 1), address["weight"])
+    assert given["scale_desc"][1:] == (BF16, (32 * 4096,), (1,), address["scale"])
+    assert given["zero_desc"][1:] == (torch.int8, (32 * 4096,), (1,), address["zero"])
+    assert given["out_desc"][1:] == (BF16, (m, 4096), (4096, 1), address["out"])
+    assert (given["out_ptr"], given["bias_ptr"]) == (address["out"], address["bias"])
+    assert (given["M"], given["N"], given["groups"], given["stride_om"]) == (m, 4096, 32, 4096)
+    assert ("part_ptr" in given) == ("shared" in name) == (m == 100)
+    assert programs == 128
+
+
+def test_a_launch_is_prepared_once_for_many_addresses() -> None:
+    first, second = w4a16(40), w4a16(40)
+    assert len(hopper_launch._PREPARED) == 1
+    (_, _, a), (_, _, b) = Kernel.launches
+    assert (a["x_desc"][-1], b["x_desc"][-1]) == (first["x"].data_ptr(), second["x"].data_ptr())
+
+
+def test_strided_and_unaligned_rows() -> None:
+    weight, scale = torch.empty(32, 4096, 32, dtype=torch.int16), torch.empty(32, 4096, dtype=BF16)
+    out = torch.empty(3, 4096, dtype=BF16)
+    wide = torch.randn(6, 8192).to(BF16)
+
+    def launched(x: torch.Tensor) -> dict[str, Any]:
+        hopper_launch.launch(x, weight, scale, None, None, out[: x.shape[0]], group_size=128)
+        given: dict[str, Any] = Kernel.launches[-1][2]
+        return given
+
+    view = wide[::2, 8:4104]
+    given = launched(view)
+    assert (given["x_ptr"], given["stride_x8"]) == (view.data_ptr(), 2 * 8192 // 8)
+    # Off 16 bytes, or with gaps: copied.
+    for odd in (wide[::2, 1:4097], wide[:3, ::2]):
+        given = launched(odd)
+        assert given["x_ptr"] != odd.data_ptr() and given["stride_x8"] == 512
+    one = launched(wide[4:5, 8:4104])
+    assert (one["x_ptr"], one["stride_x8"]) == (wide[4:5, 8:4104].data_ptr(), 512)
+
+
+def w8a8(m: int, n: int, k: int, *, symmetric: bool = True, static: bool = False) -> dict[str, Any]:
+    t: dict[str, Any] = {
+        "x": torch.empty(m, k, dtype=BF16), "weight": torch.empty(n, k, dtype=torch.int8),
+        "w_scale": torch.empty(n), "column_sum": None if symmetric else torch.empty(n, dtype=torch.int32),
+        "input_scale": torch.empty(1) if static else None,
+        "input_zero": torch.empty(1, dtype=torch.int32) if static and not symmetric else None,
+        "bias": torch.empty(n, dtype=BF16), "out": torch.empty(m, n, dtype=BF16),
+    }  # fmt: skip
+    w8a8_launch.launch_linear(
+        t["x"], t["weight"], t["w_scale"], t["column_sum"], t["input_scale"], t["input_zero"],
+        t["bias"], t["out"], symmetric=symmetric,
+    )  # fmt: skip
+    return t
+
+
+@pytest.mark.parametrize("m", [1, 60, 300])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("static", [True, False])
+def test_int8(m: int, symmetric: bool, static: bool) -> None:
+    n, k = 4096, 14336
+    t = w8a8(m, n, k, symmetric=symmetric, static=static)
+    (_, rows, quantized), (name, _, given) = Kernel.launches
+    assert rows == m and quantized["x_ptr"] == t["x"].data_ptr()
+    assert (quantized["K"], quantized["stride_xm"], quantized["stride_cm"]) == (k, k, k)
+    # What the first kernel writes is what the second reads.
+    codes, scale = quantized["codes_ptr"], quantized["scale_ptr"]
+    assert given["x_desc"] == ("x_desc", torch.int8, (m, k), (k, 1), codes)
+    assert given["x_scale_ptr"] == scale
+    assert static == (scale == (t["input_scale"].data_ptr() if static else None))
+    assert ("zero_ptr" in quantized) == ("x_zero_ptr" in given) == (not symmetric)
+    if not symmetric:
+        assert given["x_zero_ptr"] == quantized["zero_ptr"]
+        assert given["column_sum_ptr"] == t["column_sum"].data_ptr()
+    assert given["weight_desc"][1:] == (torch.int8, (n, k), (k, 1), t["weight"].data_ptr())
+    assert given["out_desc"][1:] == (BF16, (m, n), (n, 1), t["out"].data_ptr())
+    assert given["w_scale_ptr"] == t["w_scale"].data_ptr() and given["stride_om"] == n
+    assert given["bias_ptr"] == t["bias"].data_ptr()
+    assert ("part_ptr" in given) == ("whole" not in name)
+
+
+def test_the_int8_workspace_holds_everything_apart() -> None:
+    """Codes, scales, zero points, counters and parts of one call do not overlap, each on 256 bytes."""
+    from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig
+
+    m, n, k = 50, 4096, 8192
+    config = HopperConfig(64, 128, 128, 6, swap=True, consumers=1, share=2, meet=True)
+    x, out = torch.empty(m, k, dtype=BF16), torch.empty(m, n, dtype=BF16)
+    w8a8_launch.launch_linear(
+        x, torch.empty(n, k, dtype=torch.int8), torch.empty(n), torch.empty(n, dtype=torch.int32), None,
+        None, None, out, symmetric=False, config=config,
+    )  # fmt: skip
+    (_, _, first), (_, _, second) = Kernel.launches
+    prepared = next(iter(w8a8_launch._PREPARED.values()))
+    start = first["codes_ptr"]
+    order = [first["scale_ptr"], first["zero_ptr"], first["counters_ptr"], second["part_ptr"]]
+    sizes = [m * k, 4 * m, 4 * m, 4 * first["counters"]]
+    ends = [a + s for a, s in zip([start, *order[:-1]], sizes, strict=True)]
+    assert all(end <= begin for end, begin in zip(ends, order, strict=True))
+    assert all((place - start) % 256 == 0 for place in order)
+    assert second["count_ptr"] == first["counters_ptr"] and first["counters"] > 0
+    assert order[-1] - start < prepared._bytes
+
+
+@pytest.mark.parametrize("call", [lambda: w4a16(0), lambda: w8a8(0, 4096, 4096)])
+def test_nothing_is_launched_for_no_tokens(call: Callable[[], object]) -> None:
+    call()
+    assert Kernel.launches == []
+
+
+def test_a_bias_with_gaps_is_made_dense() -> None:
+    values = torch.randn(20)
+    assert ops._dense(None) is None
+    assert ops._dense(values) is values
+    dense = ops._dense(values[::2])
+    assert dense is not None and dense.stride(0) == 1 and torch.equal(dense, values[::2])
