@@ -141,18 +141,13 @@ def graph_time(
         rest: idle time before the replays, as a multiple of the GPU time that they will take.
         watch: called once, after the samples, while further replays keep the GPU busy.
     """
-    call_us = _warm_up(calls)
-    if call_us < SURE_CALL_US:
-        # Short calls issued one by one show the host: a first graph tells how long they are.
-        pilot = _capture([calls[i % len(calls)] for i in range(PILOT_CALLS)])
-        call_us = min(_replay(pilot, 2)) / PILOT_CALLS
-        pilot.reset()
+    call_us = pilot_time(calls)
     used, count = plan_calls(len(calls), call_us)
     warm, timed = replays_for(call_us)
-    graph = _capture([calls[i % used] for i in range(count)])
+    graph = capture([calls[i % used] for i in range(count)])
     time.sleep(rest_for(count * call_us, call_us, rest))
-    _replay(graph, warm)
-    samples = _replay(graph, timed)
+    replay(graph, warm)
+    samples = replay(graph, timed)
     if watch is not None:
         for _ in range(max(1, min(64, int(WATCHED_US / (count * call_us))))):
             graph.replay()
@@ -160,6 +155,17 @@ def graph_time(
         torch.cuda.synchronize()
     graph.reset()
     return summarize([sample / count for sample in samples], used, count)
+
+
+def pilot_time(calls: Sequence[Call]) -> float:
+    """About how many microseconds a call takes on the GPU; afterwards each may be captured."""
+    call_us = _warm_up(calls)
+    if call_us < SURE_CALL_US:
+        # Short calls issued one by one show the host: a first graph tells how long they are.
+        pilot = capture([calls[i % len(calls)] for i in range(PILOT_CALLS)])
+        call_us = min(replay(pilot, 2)) / PILOT_CALLS
+        pilot.reset()
+    return call_us
 
 
 def _warm_up(calls: Sequence[Call]) -> float:
@@ -184,7 +190,8 @@ def _side_stream(device: int) -> Any:
     return make(device=device)
 
 
-def _capture(calls: Sequence[Call]) -> Any:
+def capture(calls: Sequence[Call]) -> Any:
+    """A CUDA graph of these calls, each of which was made before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=_side_stream(torch.cuda.current_device())):
         for call in calls:
@@ -197,7 +204,7 @@ def _event() -> Any:
     return make(enable_timing=True)
 
 
-def _replay(graph: Any, samples: int) -> list[float]:
+def replay(graph: Any, samples: int) -> list[float]:
     """Microseconds of each replay; each ends before the next begins."""
     times = []
     for _ in range(samples):

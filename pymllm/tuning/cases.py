@@ -159,20 +159,16 @@ def _apart(found: torch.Tensor, expected: torch.Tensor) -> str | None:
 
 def _calls_of_a_graph(calls: list[timing.Call]) -> int:
     """How many calls a graph is to hold, one of each copy of the weight, fewer if they are long."""
-    timing._warm_up(calls)
-    pilot = timing._capture([calls[i % len(calls)] for i in range(timing.PILOT_CALLS)])
-    call_us = min(timing._replay(pilot, 2)) / timing.PILOT_CALLS
-    pilot.reset()
-    return timing.plan_calls(len(calls), call_us)[1]
+    return timing.plan_calls(len(calls), timing.pilot_time(calls))[1]
 
 
 def _graph_sample(calls: list[timing.Call]) -> Sample:
     """What replays a graph of some calls; it is captured once. Each call was made before, or one like it."""
-    graph = timing._capture(calls)
-    timing._replay(graph, 1)
+    graph = timing.capture(calls)
+    timing.replay(graph, 1)
 
     def sample() -> float:
-        return statistics.median(timing._replay(graph, _REPLAYS)) / len(calls)
+        return statistics.median(timing.replay(graph, _REPLAYS)) / len(calls)
 
     return sample
 

@@ -133,7 +133,7 @@ class Clock:
             return graph
 
         monkeypatch.setattr(timing, "_event", Event)
-        monkeypatch.setattr(timing, "_capture", capture)
+        monkeypatch.setattr(timing, "capture", capture)
         monkeypatch.setattr(timing, "_warm_up", lambda calls: 100.0)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.log.append("all"))
         monkeypatch.setattr(timing.time, "sleep", lambda s: clock.log.append(("rest", s)))
