@@ -219,3 +219,28 @@ def test_a_bias_with_gaps_is_made_dense() -> None:
     assert ops._dense(values) is values
     dense = ops._dense(values[::2])
     assert dense is not None and dense.stride(0) == 1 and torch.equal(dense, values[::2])
+
+
+@pytest.mark.parametrize("off", [0, 4])
+def test_plain_kernels_do_not_assume_where_tensors_start(off: int) -> None:
+    from pymllm_kernels.w4a16 import launch as w4a16_launch
+    from pymllm_kernels.w4a16.tuning import Config, Form
+    from pymllm_kernels.w8a8_int8 import launch as plain_w8a8
+
+    seen: list[Any] = []
+    memory = torch.empty(64 * 256 + 8, dtype=BF16)
+    out, scale = memory[off:][: 4 * 64].view(4, 64), torch.empty(2, 64, dtype=BF16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w4a16_launch, "_LAUNCHER", lambda form, *_: seen.append(form))
+        patch.setattr(plain_w8a8, "_LAUNCHER", lambda form, *_: seen.append(form))
+        w4a16_launch.launch(
+            torch.empty(4, 256, dtype=BF16), torch.empty(2, 64, 32, dtype=torch.int16), scale, None,
+            None, None, None, out, bits=4, group_size=128, config=Config(16, 64, 4, 2),
+        )  # fmt: skip
+        codes, weight = (torch.empty(rows, 256, dtype=torch.int8) for rows in (4, 64))
+        plain_w8a8.launch(codes, weight, torch.empty(4, 1), torch.empty(64), None, None, None, out)
+    assert seen[0].form == Form(4, 128, 128)
+    forms = (w4a16_launch.specialization(seen[0]), plain_w8a8.specialization(seen[1]))
+    for form in forms:
+        assert ("out_ptr" in form.divisible_by_16) == (off == 0)
+        assert "x_ptr" in form.divisible_by_16

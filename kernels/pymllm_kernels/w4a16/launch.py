@@ -35,6 +35,7 @@ class TritonForm(NamedTuple):
         device: ``"cuda"``, ``"hip"`` or ``"cpu"`` (the interpreter).
         even: whether K fills its last block.
         aligned: whether N, K and the rows of the activations are multiples of 16 elements.
+        placed: whether the layer's tensors and the output start on 16 bytes.
         contiguous: whether the activations of a row are neighbours.
         wide: whether strides need 64 bits.
     """
@@ -49,6 +50,7 @@ class TritonForm(NamedTuple):
     device: str = "cuda"
     even: bool = True
     aligned: bool = True
+    placed: bool = True
     contiguous: bool = True
     wide: bool = False
 
@@ -95,8 +97,10 @@ def specialization(key: TritonForm) -> Specialization:
         "GROUP_M": config.group_m,
     }
     # A bias may be a view that starts anywhere.
-    multiples = ["weight_ptr", "scale_ptr", "out_ptr", "stride_wb"]
-    multiples += [name for name in ("perm_ptr", "zero_ptr", "group_ptr") if name in signature]
+    multiples = ["stride_wb"]
+    if key.placed:
+        multiples += ["weight_ptr", "scale_ptr", "out_ptr"]
+        multiples += [name for name in ("perm_ptr", "zero_ptr", "group_ptr") if name in signature]
     if key.aligned:
         multiples += ["x_ptr", "N", "K", "stride_xm", "stride_om"]
     return Specialization(
@@ -150,11 +154,13 @@ def launch(
     # The strides of a single row may be anything.
     stride_xm, stride_om = (x.stride(0), out.stride(0)) if m > 1 else (k, n)
     stride_xk, stride_wb = x.stride(1), weight.stride(0)
+    own = (weight, scale, zero, group_index, input_perm, out)
     form = TritonForm(
         Form(bits, block_k, group_size, group_index is not None), config, x.dtype, scale.dtype,
         zero is not None, input_perm is not None, None if bias is None else bias.dtype, facts.type,
         even=k % block_k == 0,
         aligned=x.data_ptr() % 16 == 0 and not any(v % 16 for v in (n, k, stride_xm, stride_om)),
+        placed=all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in own),
         contiguous=stride_xk == 1,
         wide=integer_type(stride_xm, stride_xk, stride_wb, stride_om) == "i64",
     )  # fmt: skip

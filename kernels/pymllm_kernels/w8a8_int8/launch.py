@@ -30,6 +30,7 @@ class TritonForm(NamedTuple):
         bias: dtype of the bias, ``None`` for none.
         even: whether K fills its last block.
         aligned: whether N, K and all rows are multiples of 16 elements.
+        placed: whether the output starts on 16 bytes.
         wide: whether strides need 64 bits.
     """
 
@@ -41,6 +42,7 @@ class TritonForm(NamedTuple):
     bias: torch.dtype | None = None
     even: bool = True
     aligned: bool = True
+    placed: bool = True
     wide: bool = False
 
 
@@ -74,7 +76,7 @@ def specialization(key: TritonForm) -> Specialization:
         "GROUP_M": config.group_m,
     }
     # Scales, sums and bias may be views that start anywhere.
-    multiples = ["out_ptr"]
+    multiples = ["out_ptr"] if key.placed else []
     if key.aligned:
         multiples += ["x_ptr", "weight_ptr", "N", "K", "stride_xm", "stride_wn", "stride_om"]
     return Specialization(
@@ -135,6 +137,7 @@ def launch(
         even=k % config.block_k == 0,
         aligned=addresses % 16 == 0
         and not any(v % 16 for v in (n, k, stride_xm, stride_wn, stride_om)),
+        placed=out.data_ptr() % 16 == 0,
         wide=integer_type(stride_xm, stride_wn, stride_om) == "i64",
     )  # fmt: skip
     programs = -(-m // config.block_m) * -(-n // config.block_n)
