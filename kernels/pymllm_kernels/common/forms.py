@@ -32,6 +32,10 @@ class Form(NamedTuple):
         return self.specialize(*self.arguments)
 
 
+class FormError(RuntimeError):
+    """A form does not compile; the message names it."""
+
+
 class NotCompiled(Exception):
     """A form that is not in Triton's cache on disk."""
 
@@ -75,7 +79,8 @@ def compile_forms(
         How many were to be compiled.
 
     Raises:
-        RuntimeError: a form does not compile, and there is no ``failed``; the message names it.
+        FormError: a form does not compile, and there is no ``failed``.
+        RuntimeError: a process ended before its time.
     """
     wanted = [form for form in dict.fromkeys(forms) if not is_compiled(form, facts)]
     progress(0, len(wanted))
@@ -102,7 +107,7 @@ def compile_forms(
 def _tell_failure(compiled: Callable[[], None], failed: Callable[[str], None] | None) -> None:
     try:
         compiled()
-    except RuntimeError as error:
+    except FormError as error:
         if failed is None:
             raise
         failed(str(error))
@@ -114,7 +119,7 @@ def _compile(form: Form, facts: DeviceFacts) -> None:
         compile_specialization(specialization, _target(facts))
     except Exception as error:
         words = " ".join(str(error).split())[:300]
-        raise RuntimeError(f"{specialization.name} does not compile: {words}") from error
+        raise FormError(f"{specialization.name} does not compile: {words}") from error
 
 
 def _target(facts: DeviceFacts) -> Any:
