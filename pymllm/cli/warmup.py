@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pymllm.cli.bench import SCHEMES, duration, shapes_of
 from pymllm.cli.report import Progress, add_output_options, counted, print_json
 from pymllm.cli.run import DTYPE_NAMES
+from pymllm.cli.tune import shapes_of_models
 
 if TYPE_CHECKING:
     from pymllm.warming import WarmedUp
@@ -43,7 +44,9 @@ def add_parser(commands: Any) -> None:
     which.add_argument(
         "--shapes", type=shapes_of, default=(), metavar="NxK,...", help="output x input features"
     )
-    which.add_argument("--model", help="shapes of a model's layers, such as llama-3-8b")
+    which.add_argument(
+        "--model", metavar="NAME,...", help="such as llama-3-8b; all: every known model"
+    )
     parser.add_argument(
         "--max-tokens", type=int, default=8192, metavar="M",
         help="the most tokens of a call (default: 8192)",
@@ -130,9 +133,7 @@ def execute(options: argparse.Namespace) -> int:
 def _shapes(options: argparse.Namespace) -> list[tuple[int, int]]:
     if options.model is None:
         return list(options.shapes)
-    from pymllm.bench.shapes import model_shapes
-
-    return model_shapes(options.model, None, options.tp)
+    return shapes_of_models(options.model, (options.tp,))
 
 
 def _json(done: WarmedUp, counts: Counts | None, device: str) -> dict[str, Any]:

@@ -9,7 +9,11 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from pymllm_kernels.common.specialization import Specialization, compile_specialization
+from pymllm_kernels.common.specialization import (
+    Specialization,
+    compile_specialization,
+    nvidia_target,
+)
 from pymllm_kernels.device import DeviceFacts
 
 # A process takes about 4 s to start; a form 0.2 to 2 s to compile.
@@ -123,11 +127,8 @@ def _compile(form: Form, facts: DeviceFacts) -> None:
 
 
 def _target(facts: DeviceFacts) -> Any:
-    from triton.backends.compiler import GPUTarget
-
     assert facts.capability is not None
-    major, minor = facts.capability
-    return GPUTarget("cuda", 10 * major + minor, 32)
+    return nvidia_target(facts.capability)
 
 
 def names_of(forms: Sequence[Form]) -> list[str]:

@@ -18,7 +18,11 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from pymllm_kernels.common import cuda
-from pymllm_kernels.common.specialization import Specialization, compile_specialization
+from pymllm_kernels.common.specialization import (
+    Specialization,
+    compile_specialization,
+    nvidia_target,
+)
 
 _RANK = re.compile(r"tensordesc<[^\[]*\[([^\]]*)\]")
 _ADDRESSES_KEPT = 512
@@ -169,11 +173,8 @@ def expect_parameters(form: Specialization, layout: list[list[int]], ptx: str) -
 
 def load(form: Specialization, device: torch.device) -> LoadedKernel:
     """Compiles a form, or reads it from Triton's cache, and loads it into the current device."""
-    from triton.backends.compiler import GPUTarget
-
-    major, minor = torch.cuda.get_device_capability(device)
-    compiled = compile_specialization(form, GPUTarget("cuda", 10 * major + minor, 32))
-    return LoadedKernel(form, compiled)
+    target = nvidia_target(torch.cuda.get_device_capability(device))
+    return LoadedKernel(form, compile_specialization(form, target))
 
 
 K = TypeVar("K", bound=Hashable)

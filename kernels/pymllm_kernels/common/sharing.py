@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, TypeVar
+
 STREAM_K = 0
+C = TypeVar("C")
+
+
+def compiled_config(config: C) -> C:
+    """The part of a configuration that is compiled in: whether tiles are shared, not by how many."""
+    dataclass: Any = config
+    shared: C = replace(dataclass, share=1 if dataclass.share == 1 else STREAM_K)
+    return shared
 
 
 def share_tiles(

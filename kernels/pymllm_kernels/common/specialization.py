@@ -125,6 +125,14 @@ class Counts:
     tuned: int = 0
 
 
+def nvidia_target(capability: tuple[int, int]) -> Any:
+    """Triton's ``GPUTarget`` of a compute capability."""
+    from triton.backends.compiler import GPUTarget
+
+    major, minor = capability
+    return GPUTarget("cuda", 10 * major + minor, 32)
+
+
 COUNTS = Counts()
 
 

@@ -8,7 +8,7 @@ from operator import itemgetter
 
 import torch
 
-from pymllm_kernels.common.sharing import STREAM_K
+from pymllm_kernels.common.sharing import STREAM_K, compiled_config
 from pymllm_kernels.common.specialization import Specialization
 from pymllm_kernels.device import DeviceFacts, planned_device
 from pymllm_kernels.per_token_quant_int8 import launch as quant_launch
@@ -186,7 +186,7 @@ def w8a8_hopper_cases(tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specializat
             plan = plan_launch(config, m, n, k, 132)
             assert plan is not None
             # How many programs share a tile is not compiled in, only whether any do.
-            form = replace(config, share=1 if config.share == 1 else STREAM_K)
+            form = compiled_config(config)
             forms[form, plan.dependent] = None
         found = hopper_candidates(m, 4096, 8192, 132, device.shared_memory)
         for _, config in sorted((item for item in found if item[1].share != 1), key=itemgetter(0))[

@@ -75,7 +75,7 @@ class PreparedDecode:
         if reason is not None:
             raise ValueError(f"config: {reason}")
         self._device = device
-        self._kernel = _kernel(layer._replace(n=0, k=0), config, device)
+        self._kernel = _kernel(layer.compiled, config, device)
         self._programs = config.programs(layer.n, facts.multiprocessors)
         self._sizes = (m, layer.n, layer.k, layer.groups, stride_xm // 8)
 
@@ -92,7 +92,7 @@ class PreparedDecode:
 
 def forms(layer: HopperLayer, config: DecodeConfig) -> list[Form]:
     """What a call of a layer with a configuration needs compiled."""
-    return [Form(specialization, (layer._replace(n=0, k=0), config))]
+    return [Form(specialization, (layer.compiled, config))]
 
 
 @functools.cache

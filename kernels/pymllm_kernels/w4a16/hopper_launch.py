@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from pymllm_kernels.common.cuda import raw_stream
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.gluon_hopper import GLUON_DTYPE, tile_layout
 from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
-from pymllm_kernels.common.sharing import STREAM_K
+from pymllm_kernels.common.sharing import compiled_config
 from pymllm_kernels.common.specialization import Specialization, box_type, pointer_type
 from pymllm_kernels.common.workspace import counters
 from pymllm_kernels.device import device_facts
@@ -69,6 +68,11 @@ class HopperLayer(NamedTuple):
     def form(self) -> HopperForm:
         """What the choice of the configuration depends on."""
         return form_of(self.block_k, self.group_size, self.act, self.scale, not self.zero)
+
+    @property
+    def compiled(self) -> HopperLayer:
+        """The part that is compiled in: layers with equal ones share their kernels."""
+        return self._replace(n=0, k=0)
 
     @property
     def tuning_key(self) -> TuningKey:
@@ -251,7 +255,7 @@ def _loaded(
     layer: HopperLayer, config: HopperConfig, device: torch.device
 ) -> tuple[LoadedKernel, tuple[TensorMaps, TensorMaps, TensorMaps | None]]:
     """The kernel of a form, and the tensor maps of the layer's own tensors."""
-    kernel = _kernel(compiled_layer(layer), config, device)
+    kernel = _kernel(layer.compiled, config, device)
     blocks, rows = -(-layer.k // layer.block_k) * layer.n, layer.groups * layer.n
     slice_k = layer.block_k // 4
     boxes = kernel.described
@@ -265,22 +269,12 @@ def forms(layer: HopperLayer, config: HopperConfig | DecodeConfig) -> list[Form]
     """What a call of a layer with a configuration needs compiled."""
     if isinstance(config, DecodeConfig):
         return hopper_decode_launch.forms(layer, config)
-    return [Form(specialization, (compiled_layer(layer), compiled_config(config)))]
+    return [Form(specialization, (layer.compiled, compiled_config(config)))]
 
 
 @functools.cache
 def _kernel(layer: HopperLayer, config: HopperConfig, device: torch.device) -> LoadedKernel:
     return load(specialization(layer, config), device)
-
-
-def compiled_layer(layer: HopperLayer) -> HopperLayer:
-    """The part of a layer that is compiled in: equal layers share their kernels."""
-    return layer._replace(n=0, k=0)
-
-
-def compiled_config(config: HopperConfig) -> HopperConfig:
-    """The part of a configuration that is compiled in: whether tiles are shared, not by how many."""
-    return config if config.share == 1 else replace(config, share=STREAM_K)
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:

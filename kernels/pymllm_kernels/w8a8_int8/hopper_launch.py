@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from pymllm_kernels.common.cuda import raw_stream
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.gluon_hopper import tile_layout
 from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
-from pymllm_kernels.common.sharing import STREAM_K
+from pymllm_kernels.common.sharing import compiled_config
 from pymllm_kernels.common.specialization import Specialization, box_type, pointer_type
 from pymllm_kernels.device import device_facts
 from pymllm_kernels.per_token_quant_int8 import launch as quant
@@ -46,6 +45,11 @@ class HopperLayer(NamedTuple):
     static: bool = False
     zero: bool = False
     bias: torch.dtype | None = None
+
+    @property
+    def compiled(self) -> HopperLayer:
+        """The part that is compiled in: layers with equal ones share their kernels."""
+        return self._replace(n=self.n % 16, k=0)
 
     @property
     def tuning_key(self) -> TuningKey:
@@ -248,7 +252,7 @@ def _loaded(
     layer: HopperLayer, config: HopperConfig, dependent: bool, device: torch.device
 ) -> tuple[LoadedKernel, TensorMaps]:
     """The GEMM of a form, and the tensor maps of the layer's weight."""
-    gemm = _gemm(compiled_layer(layer), config, dependent, device)
+    gemm = _gemm(layer.compiled, config, dependent, device)
     weight = TensorMaps(gemm.described[1], torch.int8, (layer.n, layer.k), (layer.k, 1))
     return gemm, weight
 
@@ -261,7 +265,7 @@ def forms(layer: HopperLayer, config: HopperConfig, m: int, multiprocessors: int
         layer.act, layer.k, layer.k, 1, 0, static=layer.static, zero=layer.zero,
         counters=plan.counters > 0, pdl=plan.early,
     )  # fmt: skip
-    gemm = (compiled_layer(layer), compiled_config(config), plan.dependent)
+    gemm = (layer.compiled, compiled_config(config), plan.dependent)
     return [Form(quant.specialization, (quantization,)), Form(specialization, gemm)]
 
 
@@ -270,16 +274,6 @@ def _gemm(
     layer: HopperLayer, config: HopperConfig, dependent: bool, device: torch.device
 ) -> LoadedKernel:
     return load(specialization(layer, config, dependent), device)
-
-
-def compiled_layer(layer: HopperLayer) -> HopperLayer:
-    """The part of a layer that is compiled in: equal layers share their kernels."""
-    return layer._replace(n=layer.n % 16, k=0)
-
-
-def compiled_config(config: HopperConfig) -> HopperConfig:
-    """The part of a configuration that is compiled in: whether tiles are shared, not by how many."""
-    return config if config.share == 1 else replace(config, share=STREAM_K)
 
 
 def _box(dtype: torch.dtype, rows: int, columns: int) -> str:
