@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
-from pymllm_kernels import LinearProblem, device_facts, select_kernel
-from pymllm_kernels.per_token_quant_int8 import reference as quant
-from pymllm_kernels.w8a8_int8 import reference
+from pymllm_kernels import device_facts
+from pymllm_kernels.testing.int8_layer import Int8Layer, int8_inputs, make_int8_layer
 from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, Plan, candidates, plan_launch
-from pymllm_kernels.w8a8_int8.providers import W8A8Kernel, W8A8Weight
 
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 if not hopper:
@@ -24,62 +22,14 @@ BF16, FP16 = torch.bfloat16, torch.float16
 N, K = 4104, 8208
 
 
-@dataclasses.dataclass
-class Layer:
-    problem: LinearProblem
-    kernel: W8A8Kernel
-    weight: W8A8Weight
-    bias: torch.Tensor | None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernel.apply(self.problem, x, self.weight, self.bias)
-
-    def exact(self, x: torch.Tensor) -> torch.Tensor:
-        """The exact integers, the fp32 epilogue rounded once."""
-        rows, zero = x.reshape(-1, x.shape[-1]), None
-        if self.weight.input_scale is not None:
-            scale, zero = self.weight.input_scale, self.weight.input_zero
-            codes = quant.static_quant_int8(rows, scale, zero)
-        elif self.problem.input_symmetric:
-            codes, scale = quant.per_token_quant_int8(rows)
-            scale = scale[:, None]
-        else:
-            codes, scale, zero = quant.per_token_quant_int8_asym(rows)
-            scale, zero = scale[:, None], zero[:, None]
-        acc = reference.int_matmul(codes, self.weight.weight)
-        if zero is not None:
-            acc = acc - zero * self.weight.column_sum
-        out = (self.weight.scale * acc.float()).double() * scale.double()
-        # fp64 makes the one rounding of the multiply-add exact.
-        out = out if self.bias is None else out + self.bias.double()
-        return out.float().to(x.dtype).view(*x.shape[:-1], self.problem.n)
-
-
-def make(
-    n: int = N, k: int = K, *, symmetric: bool = True, static: bool = False, bias: bool = False,
-    dtype: torch.dtype = BF16,
-) -> Layer:  # fmt: skip
-    strategy = "tensor" if static else "token"
-    problem = LinearProblem(
-        "w8a8_int8", n, k, 8, -1, True, False, dtype, torch.float32, device_facts("cuda"),
-        strategy, symmetric,
-    )  # fmt: skip
-    kernel = select_kernel(problem).kernel
-    assert isinstance(kernel, W8A8Kernel) and kernel.name == "gluon_hopper_w8a8_int8"
-    g = torch.Generator(device="cuda").manual_seed(n + k)
-    codes = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda", generator=g)
-    scale = torch.rand(n, device="cuda", generator=g) * 1e-3
-    zero = None if symmetric else torch.tensor([3], dtype=torch.int8, device="cuda")
-    weight = kernel.prepare(
-        problem, codes, scale, torch.tensor([0.03], device="cuda") if static else None,
-        zero if static else None,
-    )  # fmt: skip
-    extra = torch.randn(n, device="cuda", generator=g).to(dtype) if bias else None
-    return Layer(problem, kernel, weight, extra)
+def make(n: int = N, k: int = K, **kind: Any) -> Int8Layer:
+    layer = make_int8_layer(n, k, **kind)
+    assert layer.kernel.name == "gluon_hopper_w8a8_int8"
+    return layer
 
 
 def inputs(m: int, k: int = K, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return (torch.randn(m, k, device="cuda") * 2).to(dtype)
+    return int8_inputs(m, k, dtype)
 
 
 @pytest.mark.parametrize("m", [0, 1, 5, 13, 16, 17, 50, 64, 65, 128, 200, 300, 1000])

@@ -55,11 +55,21 @@ def _extremes(v):
 
 
 @triton.jit
-def _inverse(size, STEPS: tl.constexpr):
+def inverse_of(size, STEPS: tl.constexpr):
     """(factor, STEPS / (size * factor)): a power of two keeps the quotient of tiny sizes finite."""
     factor = tl.where(size < _TINY, _TINY_FACTOR, 1.0)
     divisor = tl.where(size == 0.0, 1.0, size * factor)
     return factor, tl.where(size == 0.0, 0.0, tl.div_rn(STEPS, divisor))
+
+
+@triton.jit
+def zero_point_of(high, low):
+    """(factor, 255 / (size * factor), scale, zero point as fp32) of rows from ``low`` to ``high``."""
+    size = high - low
+    factor, inverse = inverse_of(size, 255.0)
+    shift = _round_to_int8_range(-128.0 - (low * factor) * inverse)
+    shift = tl.where(size == 0.0, 0.0, tl.minimum(tl.maximum(shift, -128.0), 127.0))
+    return factor, inverse, tl.div_rn(size, 255.0), shift
 
 
 @triton.jit
@@ -101,7 +111,7 @@ def _quantize_symmetric(
     top = tl.max(bits, 0)
     size = top.to(tl.float32, bitcast=True)
     finite = top < _INFINITY_BITS
-    factor, inverse = _inverse(size, 127.0)
+    factor, inverse = inverse_of(size, 127.0)
     tl.store(scale_ptr, tl.div_rn(size, 127.0))
     if ONE_BLOCK:
         _store_symmetric(out_ptr, v, lanes, K, factor, inverse, finite)
@@ -126,13 +136,9 @@ def _quantize_asymmetric(
             high = tl.maximum(high, high_k)
             low = tl.minimum(low, low_k)
             nan |= nan_k
-    least = tl.min(low, 0)
-    size = tl.max(high, 0) - least
-    size = tl.where(tl.max(nan, 0) > 0, float("nan"), size)
-    factor, inverse = _inverse(size, 255.0)
-    tl.store(scale_ptr, tl.div_rn(size, 255.0))
-    shift = _round_to_int8_range(-128.0 - (least * factor) * inverse)
-    shift = tl.where(size == 0.0, 0.0, tl.minimum(tl.maximum(shift, -128.0), 127.0))
+    high = tl.where(tl.max(nan, 0) > 0, float("nan"), tl.max(high, 0))
+    factor, inverse, scale, shift = zero_point_of(high, tl.min(low, 0))
+    tl.store(scale_ptr, scale)
     tl.store(zero_ptr, shift.to(tl.int32))
     if ONE_BLOCK:
         code = _add_zero(_round_to_int8_range((v * factor) * inverse), shift)

@@ -18,7 +18,6 @@ from pymllm_kernels.w4a16.tuning import Config, Form, choose_config
 from pymllm_kernels.w8a8_int8 import launch as w8a8_launch
 from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, plan_launch
 from pymllm_kernels.w8a8_int8.hopper_tuning import candidates as hopper_candidates
-from pymllm_kernels.w8a8_int8.hopper_tuning import choose_config as choose_hopper_config
 from pymllm_kernels.w8a8_int8.tuning import choose_config as choose_w8a8_config
 
 _TOKENS = (1, 17, 64, 4096)
@@ -163,7 +162,8 @@ def w8a8_hopper_case(
 ) -> Specialization:
     """One form of the int8 GEMM for Hopper."""
     # Gluon kernels are imported where they are compiled: other targets do without them.
-    from pymllm_kernels.w8a8_int8.hopper_launch import HopperLayer, specialization
+    from pymllm_kernels.w8a8_int8.hopper_launch import specialization
+    from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
 
     layer = HopperLayer(4096, 4096, dtype, zero=zero, bias=dtype if bias else None)
     return specialization(layer, config, pdl)
@@ -182,7 +182,8 @@ def w8a8_hopper_cases(tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specializat
     forms: dict[tuple[HopperConfig, bool], None] = {}
     for m in tokens:
         for n, k in _HOPPER_SHAPES:
-            config = choose_hopper_config(m, n, k, 132, device.shared_memory)
+            found = hopper_candidates(m, n, k, 132, device.shared_memory)
+            config = min(found, key=itemgetter(0))[1]
             plan = plan_launch(config, m, n, k, 132)
             assert plan is not None
             # How many programs share a tile is not compiled in, only whether any do.
@@ -196,6 +197,22 @@ def w8a8_hopper_cases(tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specializat
     for config, pdl in forms:
         yield w8a8_hopper_case(config, pdl=pdl)
         yield w8a8_hopper_case(config, zero=True, bias=True, pdl=pdl)
+
+
+def w8a8_decode_cases() -> Iterator[Specialization]:
+    """The int8 layer for one token on Hopper: every configuration and kind of activation."""
+    from pymllm_kernels.w8a8_int8.hopper_decode_launch import specialization
+    from pymllm_kernels.w8a8_int8.hopper_decode_tuning import CONFIGS
+    from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
+
+    for config in CONFIGS:
+        for dtype, zero, static, bias in (
+            (torch.bfloat16, False, False, None),
+            (torch.float16, True, False, torch.float16),
+            (torch.bfloat16, True, True, torch.bfloat16),
+        ):
+            layer = HopperLayer(4096, 4096, dtype, static=static, zero=zero, bias=bias)
+            yield specialization(layer, config)
 
 
 def quant_cases() -> Iterator[Specialization]:
@@ -212,4 +229,5 @@ def all_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> list[Specializa
     cases = [*w4a16_cases(target, tokens), *w8a8_cases(target, tokens), *quant_cases()]
     if target == "sm_90":
         cases += [*w4a16_hopper_cases(), *w4a16_decode_cases(), *w8a8_hopper_cases(tokens)]
+        cases += w8a8_decode_cases()
     return cases

@@ -44,20 +44,33 @@ def load_factors(
 
 
 @gluon.jit
+def scale_sum(acc, s_m, s_n, zero, column_sum, bias, ZERO: gl.constexpr, BIAS: gl.constexpr):
+    """``s_m * (s_n * float(acc - zero_m * colsum_n)) + bias_n`` in fp32, of operands that broadcast."""
+    if ZERO:
+        acc -= zero * column_sum
+    scaled = s_n * acc.to(gl.float32)
+    s_m, scaled = gl.broadcast(s_m, scaled)
+    if BIAS:
+        bias, scaled = gl.broadcast(bias, scaled)
+        return gl.fma(s_m, scaled, bias)
+    else:
+        return s_m * scaled
+
+
+@gluon.jit
 def epilogue(
     acc, s_m, s_n, zero, column_sum, bias,
     ZERO: gl.constexpr, BIAS: gl.constexpr, SWAP: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """``s_m * (s_n * float(acc - zero_m * colsum_n)) + bias_n``, rounded once."""
+    """:func:`scale_sum` of a tile and its factors along their axes, rounded once."""
     if ZERO:
-        acc -= _along(zero, not SWAP) * _along(column_sum, SWAP)
-    scaled = _along(s_n, SWAP) * acc.to(gl.float32)
-    s_m, scaled = gl.broadcast(_along(s_m, not SWAP), scaled)
+        zero = _along(zero, not SWAP)
+        column_sum = _along(column_sum, SWAP)
     if BIAS:
-        bias, scaled = gl.broadcast(_along(bias.to(gl.float32), SWAP), scaled)
-        return gl.fma(s_m, scaled, bias).to(DTYPE)
-    else:
-        return (s_m * scaled).to(DTYPE)
+        bias = _along(bias.to(gl.float32), SWAP)
+    return scale_sum(
+        acc, _along(s_m, not SWAP), _along(s_n, SWAP), zero, column_sum, bias, ZERO, BIAS
+    ).to(DTYPE)
 
 
 @gluon.jit

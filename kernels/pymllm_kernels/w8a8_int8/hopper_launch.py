@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 
@@ -14,47 +13,18 @@ from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
 from pymllm_kernels.common.sharing import compiled_config
 from pymllm_kernels.common.specialization import Specialization, box_type, pointer_type
 from pymllm_kernels.device import device_facts
-from pymllm_kernels.per_token_quant_int8 import launch as quant
-from pymllm_kernels.tuning import TuningKey, resolve, state
+from pymllm_kernels.tuning import resolve, state
+from pymllm_kernels.w8a8_int8 import hopper_decode_launch
 from pymllm_kernels.w8a8_int8.hopper import w8a8_int8_hopper_kernel
+from pymllm_kernels.w8a8_int8.hopper_codes import Quantization, quantization_form
+from pymllm_kernels.w8a8_int8.hopper_decode_launch import PreparedDecode
+from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
+from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
 from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, Plan, plan_launch
-from pymllm_kernels.w8a8_int8.tunable import HOPPER, hopper_key
+from pymllm_kernels.w8a8_int8.tunable import HOPPER
 
 # One a layer shape and number of tokens; a server that meets more starts anew.
 _MOST_PREPARED = 65536
-_ALIGNMENT = 256
-
-
-class HopperLayer(NamedTuple):
-    """What of a layer its compiled kernels and its launches depend on.
-
-    Attributes:
-        n: output features.
-        k: input features.
-        act: dtype of the activations and outputs.
-        channel: whether there is a weight scale for each output feature, or one.
-        static: whether the scale of the activations is given.
-        zero: whether activations have a zero point.
-        bias: dtype of the bias, ``None`` for none.
-    """
-
-    n: int
-    k: int
-    act: torch.dtype
-    channel: bool = True
-    static: bool = False
-    zero: bool = False
-    bias: torch.dtype | None = None
-
-    @property
-    def compiled(self) -> HopperLayer:
-        """The part that is compiled in: layers with equal ones share their kernels."""
-        return self._replace(n=self.n % 16, k=0)
-
-    @property
-    def tuning_key(self) -> TuningKey:
-        """Under which its configurations are stored."""
-        return hopper_key(self.n, self.k, self.act, symmetric=not self.zero, static=self.static)
 
 
 def specialization(layer: HopperLayer, config: HopperConfig, dependent: bool) -> Specialization:
@@ -133,12 +103,12 @@ def launch_linear(
     out: torch.Tensor,
     *,
     symmetric: bool,
-    config: HopperConfig | None = None,
+    config: HopperConfig | DecodeConfig | None = None,
     plan: Plan | None = None,
 ) -> None:
     """Quantizes ``x [M, K]`` and fills ``out [M, N]``: two kernels, which overlap for few tokens.
 
-    On the current device, whose current stream is used.
+    Or one, for one token. On the current device, whose current stream is used.
 
     Args:
         x: bf16 or fp16, any strides.
@@ -151,7 +121,7 @@ def launch_linear(
         out: ``[M, N]``, contiguous and on 16 bytes, N a multiple of 8.
         symmetric: whether activations have no zero point.
         config: the compiled form, by rule if absent.
-        plan: how it is launched, by rule if absent.
+        plan: how tiles are launched, by rule if absent.
     """
     m, k = x.shape
     n = weight.shape[0]
@@ -170,8 +140,21 @@ def launch_linear(
         layer = HopperLayer(n, k, x.dtype, key[1], static, zero, key[4])
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
-        prepared = _PREPARED[key] = _Prepared(layer, m, strides, x, config, plan)
+        prepared = _PREPARED[key] = _prepare(layer, m, strides, x, config, plan)
     prepared(x, weight, w_scale, w_column_sum, input_scale, input_zero, bias, out)
+
+
+def _prepare(
+    layer: HopperLayer, m: int, strides: tuple[int, int], x: torch.Tensor,
+    config: HopperConfig | DecodeConfig | None, plan: Plan | None,
+) -> _Prepared | PreparedDecode:  # fmt: skip
+    if config is None:
+        config = resolve(HOPPER, layer.tuning_key, m, device_facts(x.device)).config
+    if isinstance(config, DecodeConfig):
+        if m != 1:
+            raise ValueError(f"config: {config} takes 1 token, found {m}")
+        return PreparedDecode(layer, x.device, config)
+    return _Prepared(layer, m, strides, x, config, plan)
 
 
 class _Prepared:
@@ -179,72 +162,44 @@ class _Prepared:
 
     def __init__(
         self, layer: HopperLayer, m: int, strides: tuple[int, int], x: torch.Tensor,
-        config: HopperConfig | None, plan: Plan | None,
+        config: HopperConfig, plan: Plan | None,
     ) -> None:  # fmt: skip
         n, k, device = layer.n, layer.k, x.device
-        facts = device_facts(device)
-        if config is None:
-            config = resolve(HOPPER, layer.tuning_key, m, facts).config
         if plan is None:
-            plan = plan_launch(config, m, n, k, facts.multiprocessors)
+            plan = plan_launch(config, m, n, k, device_facts(device).multiprocessors)
         if plan is None:
             raise ValueError(
                 f"config: found {config}, which cannot share the tiles of [{m}, {k}] x {n}"
             )
-        form = quant.form_of(
-            layer.act, k, *strides, x.data_ptr(), static=layer.static, zero=layer.zero,
-            counters=plan.counters > 0, pdl=plan.early,
-        )  # fmt: skip
-        self._quantize = quant.loaded(form, device)
-        taken = (strides[0],) if form.contiguous else strides
-        self._quantize_sizes = (k, *taken, k, plan.counters)
+        self._quantize = Quantization(
+            layer, m, strides, x, early=plan.early, counters=plan.counters, parts=plan.parts
+        )
         self._gemm, self._weight = _loaded(layer, compiled_config(config), plan.dependent, device)
         boxes = self._gemm.described
         self._x = TensorMaps(boxes[0], torch.int8, (m, k), (k, 1))
         self._out = TensorMaps(boxes[2], layer.act, (m, n), (n, 1))
         self._sizes = (n, plan.whole)
-        self._m, self._programs, self._index = m, plan.programs, device.index
-        self._static, self._zero = layer.static, layer.zero
-        # One allocation for what lives between the two kernels and inside the second.
-        self._at_scale = _aligned(m * k)
-        self._at_zero = self._at_scale + _aligned(0 if layer.static else 4 * m)
-        dynamic_zero = layer.zero and not layer.static
-        self._at_counters = self._at_zero + _aligned(4 * m if dynamic_zero else 0)
-        self._at_parts = self._at_counters + _aligned(4 * plan.counters)
-        self._bytes = self._at_parts + 4 * plan.parts
-        self._shared = plan.parts > 0
+        self._programs, self._index = plan.programs, device.index
 
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor,
         w_column_sum: torch.Tensor | None, input_scale: torch.Tensor | None,
         input_zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
     ) -> None:  # fmt: skip
-        # Torch hands freed memory out again to later work of the stream only.
-        workspace = x.new_empty(self._bytes, dtype=torch.uint8)
-        codes, to = workspace.data_ptr(), out.data_ptr()
-        scale = codes + self._at_scale if input_scale is None else input_scale.data_ptr()
-        zeros: tuple[int, ...] = ()
-        if self._zero:
-            zeros = (codes + self._at_zero if input_zero is None else input_zero.data_ptr(),)
-        counters = (codes + self._at_counters,) if self._shared else ()
+        to = out.data_ptr()
         stream = raw_stream(self._index)
-        self._quantize.launch(
-            self._m, stream, (),
-            (x.data_ptr(), codes, scale, *zeros, *counters, *self._quantize_sizes),
-        )  # fmt: skip
-        addresses = [to, scale, w_scale.data_ptr(), *zeros]
-        if w_column_sum is not None and self._zero:
+        made = self._quantize(x, input_scale, input_zero, stream)
+        addresses = [to, made.scale, w_scale.data_ptr(), *made.zero]
+        if w_column_sum is not None and made.zero:
             addresses.append(w_column_sum.data_ptr())
         if bias is not None:
             addresses.append(bias.data_ptr())
-        if self._shared:
-            # Counters of this call alone: captured graphs may run beside each other.
-            addresses += (codes + self._at_parts, *counters)
-        maps = (self._x.at(codes), self._weight.at(weight.data_ptr()), self._out.at(to))
-        self._gemm.launch(self._programs, stream, maps, (*addresses, *self._sizes))
+        maps = (self._x.at(made.codes), self._weight.at(weight.data_ptr()), self._out.at(to))
+        values = (*addresses, *made.parts, *self._sizes)
+        self._gemm.launch(self._programs, stream, maps, values)
 
 
-_PREPARED: dict[tuple[object, ...], _Prepared] = {}
+_PREPARED: dict[tuple[object, ...], _Prepared | PreparedDecode] = {}
 
 
 @functools.cache
@@ -257,16 +212,19 @@ def _loaded(
     return gemm, weight
 
 
-def forms(layer: HopperLayer, config: HopperConfig, m: int, multiprocessors: int) -> list[Form]:
+def forms(
+    layer: HopperLayer, config: HopperConfig | DecodeConfig, m: int, multiprocessors: int
+) -> list[Form]:
     """What a call of a layer with ``m`` rows, each contiguous and on 16 elements, needs compiled."""
+    if isinstance(config, DecodeConfig):
+        return hopper_decode_launch.forms(layer, config)
     plan = plan_launch(config, m, layer.n, layer.k, multiprocessors)
     assert plan is not None
-    quantization = quant.form_of(
-        layer.act, layer.k, layer.k, 1, 0, static=layer.static, zero=layer.zero,
-        counters=plan.counters > 0, pdl=plan.early,
-    )  # fmt: skip
     gemm = (layer.compiled, compiled_config(config), plan.dependent)
-    return [Form(quant.specialization, (quantization,)), Form(specialization, gemm)]
+    return [
+        quantization_form(layer, early=plan.early, counters=plan.counters),
+        Form(specialization, gemm),
+    ]
 
 
 @functools.cache
@@ -278,7 +236,3 @@ def _gemm(
 
 def _box(dtype: torch.dtype, rows: int, columns: int) -> str:
     return box_type(dtype, [rows, columns], tile_layout(rows, columns, dtype))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,4 +1,7 @@
-"""Launch parameters of the Hopper int8 GEMM: what is valid, the plan of a launch, the choice."""
+"""Launch parameters of the Hopper int8 GEMM: what is valid, the plan of a launch, the choice.
+
+For one token the kernel of ``hopper_decode`` is an alternative to the tiles of this module.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import NamedTuple
 
 from pymllm_kernels.common.launch import cheapest
 from pymllm_kernels.common.sharing import STREAM_K, share_tiles
+from pymllm_kernels.w8a8_int8 import hopper_decode_tuning
+from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
 
 
 @dataclass(frozen=True)
@@ -233,19 +238,30 @@ def candidates(
             yield start + max(work, memory), config
 
 
-def choose_config(m: int, n: int, k: int, multiprocessors: int, shared_memory: int) -> HopperConfig:
+def all_candidates(
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
+) -> Iterator[tuple[float, HopperConfig | DecodeConfig]]:
+    """Every valid configuration of both kernels, with its estimated microseconds."""
+    yield from candidates(m, n, k, multiprocessors, shared_memory)
+    yield from hopper_decode_tuning.candidates(m, n, k, multiprocessors, shared_memory)
+
+
+def choose_config(
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
+) -> HopperConfig | DecodeConfig:
     """The configuration with the least estimated time.
 
     Raises:
         ValueError: none is valid.
     """
-    # The smallest tile has 8 tokens: the numbers in between have the tiles of the next multiple.
-    return _choose_config(-(-m // 8) * 8, n, k, multiprocessors, shared_memory)
+    # Tiles have 8 tokens or more: numbers in between have the tiles of the next multiple.
+    rounded = 1 if m == 1 else -(-m // 8) * 8
+    return _choose_config(rounded, n, k, multiprocessors, shared_memory)
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose_config(
     m: int, n: int, k: int, multiprocessors: int, shared_memory: int
-) -> HopperConfig:
-    found = candidates(m, n, k, multiprocessors, shared_memory)
-    return cheapest(found, "the int8 GEMM for Hopper", shared_memory)
+) -> HopperConfig | DecodeConfig:
+    found = all_candidates(m, n, k, multiprocessors, shared_memory)
+    return cheapest(found, "the int8 kernels for Hopper", shared_memory)

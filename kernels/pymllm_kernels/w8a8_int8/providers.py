@@ -98,8 +98,9 @@ class HopperW8A8(W8A8Kernel):
         config: Any = None,
     ) -> list[Form]:  # fmt: skip
         from pymllm_kernels.w8a8_int8 import hopper_launch
+        from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
 
-        layer = hopper_launch.HopperLayer(
+        layer = HopperLayer(
             problem.n, problem.k, problem.act_dtype, True, problem.input_strategy == "tensor",
             not problem.input_symmetric, bias,
         )  # fmt: skip

@@ -17,7 +17,8 @@ from pymllm_kernels.device import DeviceFacts
 from pymllm_kernels.problem import CHANNEL, LinearProblem
 from pymllm_kernels.tuning.keys import TuningKey, dtype_name
 from pymllm_kernels.tuning.tunable import Config, Tunable
-from pymllm_kernels.w8a8_int8 import hopper_tuning, tuning
+from pymllm_kernels.w8a8_int8 import hopper_decode_tuning, hopper_tuning, tuning
+from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
 from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, plan_launch
 
 
@@ -25,8 +26,9 @@ class HopperTunable(Tunable):
     """``gluon_hopper_w8a8_int8``: the quantization and the GEMM, timed together."""
 
     operation = "gluon_hopper_w8a8_int8"
-    kernels: ClassVar = {"tiles": HopperConfig}
+    kernels: ClassVar = {"tiles": HopperConfig, "decode": DecodeConfig}
     sources = (
+        "pymllm_kernels.w8a8_int8.hopper_decode:w8a8_int8_decode_hopper",
         "pymllm_kernels.w8a8_int8.hopper:w8a8_int8_hopper_kernel",
         "pymllm_kernels.per_token_quant_int8.kernel:per_token_quant_kernel",
         "pymllm_kernels.per_token_quant_int8.kernel:static_quant_kernel",
@@ -44,18 +46,22 @@ class HopperTunable(Tunable):
         )
 
     def candidates(self, key: TuningKey, m: int, facts: DeviceFacts) -> Sequence[Config]:
-        found = hopper_tuning.candidates(
+        found = hopper_tuning.all_candidates(
             m, key.n, key.k, facts.multiprocessors, facts.shared_memory
         )
         return [config for _, config in sorted(found, key=lambda item: item[0])]
 
     def why_invalid(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> str | None:
+        if isinstance(config, DecodeConfig):
+            return hopper_decode_tuning.why_invalid(config, m, facts.shared_memory)
         reason = hopper_tuning.why_invalid(config, facts.shared_memory)
         if reason is None and not _planned(config, key, m, facts):
             return f"{config} cannot share the tiles of [{m}, {key.k}] x {key.n}"
         return reason
 
     def adapt(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
+        if isinstance(config, DecodeConfig):
+            return config
         # Whole rounds of tiles leave stream-K nothing to share.
         if config.share == STREAM_K and not _planned(config, key, m, facts):
             return replace(config, share=1, meet=False)

@@ -1,0 +1,58 @@
+"""The choice and the validity of the int8 kernel for one token on Hopper, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from pymllm_kernels.device import planned_device
+from pymllm_kernels.tuning.keys import TuningKey
+from pymllm_kernels.w8a8_int8.hopper_decode_tuning import (
+    CONFIGS,
+    DecodeConfig,
+    candidates,
+    why_invalid,
+)
+from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, choose_config
+from pymllm_kernels.w8a8_int8.tunable import HOPPER
+
+SHARED = 227 * 1024
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_configuration_is_what_the_kernel_takes(config: DecodeConfig) -> None:
+    assert config.rows <= config.places < 2 * config.rows
+    for n in (8, 16, 2112, 4096, 57344):
+        programs = config.programs(n, 132)
+        # All of them run at once.
+        assert 1 <= programs <= min(132, -(-n // 16))
+
+
+def test_candidates() -> None:
+    for cost, config in candidates(1, 4096, 4096, 132, SHARED):
+        assert cost > 0 and why_invalid(config, 1, SHARED) is None
+    assert len(list(candidates(1, 4096, 4096, 132, SHARED))) == len(CONFIGS)
+    assert not list(candidates(2, 4096, 4096, 132, SHARED))
+
+
+def test_what_cannot_be_run() -> None:
+    config = CONFIGS[0]
+    assert "takes 1 token, found 2" in str(why_invalid(config, 2, SHARED))
+    assert "is none of" in str(why_invalid(DecodeConfig(rows=7), 1, SHARED))
+    assert "bytes of shared memory" in str(why_invalid(config, 1, 1024))
+
+
+def test_small_layers_of_one_token() -> None:
+    assert isinstance(choose_config(1, 4096, 4096, 132, SHARED), DecodeConfig)
+    for m, n, k in ((2, 4096, 4096), (1, 57344, 8192), (1, 28672, 4096)):
+        assert isinstance(choose_config(m, n, k, 132, SHARED), HopperConfig)
+
+
+def test_stored_configurations_come_back() -> None:
+    key = TuningKey(HOPPER.operation, 8192, 8192, -1, "bfloat16", "")
+    facts = planned_device("9.0")
+    found = HOPPER.candidates(key, 1, facts)
+    assert {type(config) for config in found} == {DecodeConfig, HopperConfig}
+    for config in found:
+        assert HOPPER.from_json(HOPPER.to_json(config)) == config
+        assert HOPPER.adapt(config, key, 1, facts) == config
+        assert HOPPER.why_invalid(config, key, 1, facts) is None

@@ -1,0 +1,123 @@
+"""The int8 kernel for one token on a GPU of capability 9.0."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from pymllm_kernels.testing.int8_layer import Int8Layer, int8_inputs, make_int8_layer
+from pymllm_kernels.w8a8_int8.hopper_decode_tuning import CONFIGS, DecodeConfig
+
+hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+if not hopper:
+    pytest.skip("needs a GPU of capability 9.0", allow_module_level=True)
+
+from pymllm_kernels.w8a8_int8.hopper_launch import launch_linear
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def run(layer: Int8Layer, x: torch.Tensor, config: DecodeConfig) -> torch.Tensor:
+    """The result in memory that was NaN, with NaN beside it that must stay."""
+    m, n = x.shape[0], layer.problem.n
+    memory = torch.full((m * n + 4096,), float("nan"), dtype=x.dtype, device=x.device)
+    out = memory[2048 : 2048 + m * n].view(m, n)
+    w = layer.weight
+    launch_linear(
+        x, w.weight, w.scale, w.column_sum, w.input_scale, w.input_zero, layer.bias, out,
+        symmetric=layer.problem.input_symmetric, config=config,
+    )  # fmt: skip
+    assert memory[:2048].isnan().all() and memory[2048 + m * n :].isnan().all()
+    return out
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(
+    ("symmetric", "static"), list(itertools.product([True, False], [False, True]))
+)
+def test_every_configuration(symmetric: bool, static: bool, dtype: torch.dtype) -> None:
+    # 33 row blocks and a half; 10 blocks of K and a bit for up to 16 warps.
+    n, k = 536, 1296
+    for bias in (False, True):
+        layer = make_int8_layer(n, k, symmetric=symmetric, static=static, bias=bias, dtype=dtype)
+        x = int8_inputs(1, k, dtype)
+        exact = layer.exact(x)
+        for config in CONFIGS:
+            assert torch.equal(run(layer, x, config), exact), config
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    ("n", "k"), [(8, 16), (16, 4096), (4096, 4096), (10240, 2048), (57344, 1024), (2112, 28672)]
+)
+def test_shares_of_row_blocks(n: int, k: int, config: DecodeConfig) -> None:
+    """Half a row block, one, several passes, and programs with one row block more than others."""
+    layer = make_int8_layer(n, k)
+    x = int8_inputs(1, k)
+    assert torch.equal(run(layer, x, config), layer.exact(x))
+
+
+def test_rows_of_a_larger_tensor() -> None:
+    layer = make_int8_layer(512, 1024)
+    base = int8_inputs(3, 2056)[2:]
+    for config in CONFIGS:
+        for x in (base[:, 8:1032], base[:, 1:1025], base[:, 0:2048:2], base[:, 4:1028]):
+            assert torch.equal(run(layer, x, config), layer.exact(x)), config
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_extreme_rows(symmetric: bool, dtype: torch.dtype) -> None:
+    """Zeros, one value, values of one sign, tiny and large ones, ties."""
+    k = 1040
+    layer = make_int8_layer(264, k, symmetric=symmetric, dtype=dtype)
+    x = int8_inputs(8, k, dtype)
+    x[0] = 0
+    x[1] = 0
+    x[1, 77] = 3
+    x[2] = x[2].abs()
+    x[3] = -x[3].abs()
+    x[4] = (x[4].float() * torch.finfo(dtype).smallest_normal).to(dtype)
+    x[5] = (x[5].float() * (torch.finfo(dtype).max / 16)).to(dtype)
+    # absmax 127: halves are ties.
+    x[6] = (torch.arange(k, device="cuda") % 255 - 127).to(dtype) / 2
+    x[6, 0] = 127
+    exact = layer.exact(x)
+    for config in CONFIGS:
+        for row in range(8):
+            assert torch.equal(run(layer, x[row : row + 1], config), exact[row : row + 1]), row
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite(bad: float, symmetric: bool) -> None:
+    layer = make_int8_layer(264, 1040, symmetric=symmetric, bias=True)
+    x = int8_inputs(1, 1040)
+    x[0, 500] = bad
+    for config in CONFIGS:
+        assert run(layer, x, config).isnan().all()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_ten_thousand_launches_give_the_same_bits(config: DecodeConfig) -> None:
+    layer = make_int8_layer(4096, 4096)
+    w = layer.weight
+    x = int8_inputs(1, 4096)
+    first = run(layer, x, config)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    out = torch.empty_like(first)
+    for _ in range(10_000):
+        out.fill_(float("nan"))
+        launch_linear(
+            x, w.weight, w.scale, None, None, None, None, out, symmetric=True, config=config
+        )
+        differing += (out != first).any()
+    assert differing.item() == 0
+
+
+def test_more_tokens_than_a_configuration_takes_are_refused() -> None:
+    layer = make_int8_layer(512, 1024)
+    with pytest.raises(ValueError, match="takes 1 token, found 2"):
+        run(layer, int8_inputs(2, 1024), CONFIGS[0])
