@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pymllm_kernels import LinearKernel, LinearProblem, W8A8Weight
+from pymllm_kernels import LinearKernel, LinearProblem
+from pymllm_kernels.per_token_quant_int8 import reference as quant_reference
 from pymllm_kernels.w4a16 import reference as w4a16_reference
-from pymllm_kernels.w8a8_int8.providers import TorchW8A8
 
 # Rounding of weights and outputs alone makes 0.002.
 MOST_ERROR = 0.01
@@ -115,16 +114,26 @@ def _w8a8_layer(
         input_scale = torch.full((1,), 4 / 127, device=device)
         if not problem.input_symmetric:
             input_zero = torch.full((1,), 3, dtype=torch.int32, device=device)
-    weight = kernel.prepare(problem, codes, scale, input_scale, input_zero)
-    plain: Any = TorchW8A8()
 
     def exact(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        sums = None if weight.column_sum is None else weight.column_sum[columns]
-        part = W8A8Weight(
-            weight.weight[columns], weight.scale[columns], sums, weight.input_scale,
-            weight.input_zero,
-        )  # fmt: skip
-        found: torch.Tensor = plain.apply(replace(problem, n=columns.numel()), x, part, None)
-        return found.double()
+        weight = codes[columns].double() * scale[columns].double()[:, None]
+        out: torch.Tensor = _rounded(problem, x, input_scale, input_zero) @ weight.T
+        return out
 
-    return weight, exact
+    return kernel.prepare(problem, codes, scale, input_scale, input_zero), exact
+
+
+def _rounded(
+    problem: LinearProblem, x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None
+) -> torch.Tensor:
+    """fp64 of what the codes of x stand for."""
+    if scale is not None:
+        codes = quant_reference.static_quant_int8(x, scale, zero)
+    elif problem.input_symmetric:
+        codes, scale = quant_reference.per_token_quant_int8(x)
+    else:
+        codes, scale, zero = quant_reference.per_token_quant_int8_asym(x)
+    values = codes.double()
+    if zero is not None:
+        values = values - zero.double()[:, None]
+    return values * scale.double()[:, None]
