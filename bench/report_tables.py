@@ -236,7 +236,8 @@ def variants_table(document: Mapping[str, Any]) -> str:
         ]
         parts.append(markdown_table(["host, µs a call", "to issue", "until done"], times))
     if missing := reasons(cells):
-        parts.append("\n".join(f"* without a time: {text}" for text in missing))
+        told = [f"* {text} ({counted(count, 'cell')})" for text, count in missing.items()]
+        parts.append("Without a time:\n\n" + "\n".join(told))
     whole_run = "" if document["complete"] else f"; not complete: {document['stopped']}"
     parts.append(
         f"{env['gpu']}, {document['date']}, {document['wall_s']:.0f} s, commit"

@@ -23,7 +23,7 @@ from pymllm.bench.timing import REST
 from pymllm.bench.variants.run import PARTS, SHAPES, TOKENS, run
 from pymllm.bench.variants.values import reasons, regimes
 from pymllm.cli.bench_cells import microseconds
-from pymllm.cli.report import format_table
+from pymllm.cli.report import counted, format_table
 
 
 def listed(text: str) -> list[str]:
@@ -81,7 +81,8 @@ def text_of(document: Mapping[str, Any]) -> str:
             for cell in host
         ]
         parts.append(format_table(titles, times, right=titles[1:]))
-    parts += ["\n".join(f"no time: {text}" for text in reasons(cells))]
+    gone = reasons(cells).items()
+    parts.append("\n".join(f"no time in {counted(n, 'cell')}: {text}" for text, n in gone))
     parts.append("\n".join(f"{name}: {told}" for name, told in document["measures"].items()))
     compiled, stopped = document["compiled"], document["stopped"]
     parts.append(

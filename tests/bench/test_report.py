@@ -286,7 +286,7 @@ def test_variants_stand_beside_what_is_wanted(
     )
     assert "| host: w4a16, eager | F.linear, eager | 1 | time / the base's | 1.25 |" in text
     assert "| w4a16, eager, 4096 x 4096, M = 1 | 20.0 | 40.0 |" in lines
-    assert "* without a time: w4a16, fp16: out of resource (1 cells)" in lines
+    assert "* w4a16, fp16: out of resource (1 cell)" in lines
     assert "100 s, commit abc, `variants.py --out v.json`; not complete: interrupted." in lines[-1]
     page = tmp_path / "page.md"
     page.write_text("<!-- tables: variants -->\nold\n<!-- /tables -->\n")

@@ -181,11 +181,11 @@ def regimes(cells: Iterable[Cell]) -> list[Regime]:
     ]
 
 
-def reasons(cells: Iterable[Cell]) -> list[str]:
-    """Why there are no times, one line for each variant and reason."""
-    counted: dict[str, int] = {}
+def reasons(cells: Iterable[Cell]) -> dict[str, int]:
+    """Why there are no times, by variant, and in how many cells."""
+    found: dict[str, int] = {}
     for cell in cells:
         if cell["skip"] is not None:
             text = f"{cell['part']}, {cell['variant']}: {cell['skip']}"
-            counted[text] = counted.get(text, 0) + 1
-    return [f"{text} ({count} cells)" for text, count in counted.items()]
+            found[text] = found.get(text, 0) + 1
+    return found
