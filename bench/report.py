@@ -2,6 +2,7 @@
 """Markdown tables and plots of saved benchmark runs.
 
     python bench/report.py RUN.json --out docs/plots --update docs/performance.md
+    python bench/report.py --variants VARIANTS.json --update docs/performance.md
 
 Runs are JSON files of ``pymllm bench --out``; several are joined, if they may be compared. Numbers in a
 document stand between ``<!-- tables: NAME -->`` and ``<!-- /tables -->`` and are written by ``--update``.
@@ -20,11 +21,12 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from report_agreement import Agreement, Published, agreement, as_json, as_markdown
-from report_tables import CACHE_WORDS, MODE_WORDS, Report, tables, whole
+from report_agreement import Published, agreement, as_json, as_markdown
+from report_tables import CACHE_WORDS, MODE_WORDS, Report, tables, variants_table, whole
 
 from pymllm.bench import run as runs_file
 from pymllm.bench.compare import why_not_comparable
+from pymllm.bench.variants import run as variants_file
 from pymllm.cli.bench_cells import grids_of, modes_of
 
 # Kinds of the published file, and the scheme each is here.
@@ -48,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN.json")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write plots there (matplotlib)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write all tables there")
     parser.add_argument("--update", type=Path, metavar="FILE", help="fill the tables of a document")
@@ -63,6 +65,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="say how many cells of the other providers agree with this file, and which do not;"
         " --update then fills the table called agreement, too",
     )  # fmt: skip
+    parser.add_argument(
+        "--variants", type=Path, metavar="FILE",
+        help="a file of bench/variants.py: print its table, or fill the one called variants",
+    )  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=0.07, help="default: 0.07")
     parser.add_argument("--json", action="store_true", help="print --check-published as JSON")
     return parser.parse_args(argv)
@@ -72,18 +78,23 @@ def make(options: argparse.Namespace) -> int:
     """Does what the options ask for; without any, prints the tables."""
     if options.json and options.check_published is None:
         raise ValueError("--json needs --check-published")
+    beside: dict[str, str] = {}
+    if options.variants is not None:
+        beside["variants"] = variants_table(variants_file.load(options.variants))
+    if not options.runs:
+        return without_runs(options, beside)
     report = load(options.runs, options.mode, options.cache)
-    found: Agreement | None = None
     if options.check_published is not None:
         published = read_published(options.check_published)
         found = agreement(report.cells, report.mode, report.cache, published, options.tolerance)
-        print(json.dumps(as_json(found), indent=1) if options.json else as_markdown(found))
+        beside["agreement"] = as_markdown(found)
+        print(json.dumps(as_json(found), indent=1) if options.json else beside["agreement"])
     if options.published is not None:
         add_published(report, read_published(options.published), options.published.name)
     if options.markdown is not None:
-        options.markdown.write_text(whole(report), encoding="utf-8")
+        options.markdown.write_text(whole(report, beside), encoding="utf-8")
     if options.update is not None:
-        update(options.update, report, found)
+        update(options.update, tables(report) | beside)
     if options.out is not None:
         from report_plots import draw_all
 
@@ -92,7 +103,23 @@ def make(options: argparse.Namespace) -> int:
                 print(path)
     wanted = (options.check_published, options.markdown, options.update, options.out)
     if all(option is None for option in wanted):
-        print(whole(report), end="")
+        print(whole(report, beside), end="")
+    return 0
+
+
+def without_runs(options: argparse.Namespace, beside: Mapping[str, str]) -> int:
+    """Does what can be done with ``--variants`` alone.
+
+    Raises:
+        ValueError: there is nothing, or something else is asked for.
+    """
+    others = (options.markdown, options.out, options.published, options.check_published)
+    if not beside or any(option is not None for option in others):
+        raise ValueError("needs a RUN.json")
+    if options.update is not None:
+        update(options.update, beside)
+    else:
+        print(*beside.values(), sep="\n")
     return 0
 
 
@@ -178,16 +205,13 @@ def add_published(report: Report, published: Published, name: str) -> None:
         report.published = name
 
 
-def update(path: Path, report: Report, checked: Agreement | None = None) -> None:
-    """Fills the blocks of a document; a block that the runs have nothing for stays as it is.
+def update(path: Path, found: Mapping[str, str]) -> None:
+    """Fills the blocks of a document by their names; one that is not among them stays as it is.
 
     Raises:
         ValueError: there is no block, or one is not closed.
     """
     text = path.read_text(encoding="utf-8")
-    found = tables(report)
-    if checked is not None:
-        found["agreement"] = as_markdown(checked)
     names = [name for _, name, _ in BLOCK.findall(text)]
     if not names or len(names) != text.count("<!-- tables: "):
         raise ValueError(f"{path}: blocks are <!-- tables: NAME --> ... <!-- /tables -->")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pymllm.bench.variants.host import PART as HOST
+from pymllm.bench.variants.values import ROOF, SHARE, TIME, US, reasons, regimes
 from pymllm.cli.bench_cells import (
     OURS,
     Grid,
@@ -25,6 +27,12 @@ MODE_WORDS = {
     "eager": "eager calls, launches included",
     "host": "host time to issue a call",
     "cpu": "wall clock",
+}
+MEASURE_WORDS = {
+    TIME: "time / the base's",
+    SHARE: "share of the memory roof / the base's",
+    ROOF: "share of the memory roof",
+    US: "µs",
 }
 CACHE_WORDS = {"cold": "weights not in cache", "hot": "weights in cache"}
 
@@ -193,6 +201,51 @@ def paths_table(report: Report) -> str:
     return f"Slower than not quantizing, beyond noise:\n\n{told}\n\n{table}"
 
 
+def variants_table(document: Mapping[str, Any]) -> str:
+    """How each variant stands, the host's times, where it was measured, and what has no time."""
+    cells, env = document["cells"], document["environment"]
+    titles = ["variant", "base", "M", "measure", "geometric mean", "worst", "wanted", "met"]
+    rows = [
+        [
+            f"{found.part}: {found.variant}",
+            found.base or "–",
+            ", ".join(map(str, found.tokens)),
+            MEASURE_WORDS[found.measure],
+            f"{found.mean:.2f}",
+            found.told(found.worst),
+            found.limit,
+            found.outcome,
+        ]
+        for found in regimes(cells)
+    ]
+    tidy = {"-": "–", "<= ": "≤ ", ">= ": "≥ ", " us": " µs"}
+    for row in rows:
+        row[5] = row[5].replace("x", " × ")
+        for old, new in tidy.items():
+            row[6] = row[6].replace(old, new)
+        row[7] = row[7].replace("-", "–")
+    parts = [markdown_table(titles, rows) if rows else "Nothing was timed."]
+    host = [cell for cell in cells if cell["part"] == HOST and cell["skip"] is None]
+    if host:
+        times = [
+            [
+                f"{cell['variant']}, {cell['n']} × {cell['k']}, M = {cell['m']}",
+                *(microseconds(cell[key]) for key in ("median_us", "done_us")),
+            ]
+            for cell in host
+        ]
+        parts.append(markdown_table(["host, µs a call", "to issue", "until done"], times))
+    if missing := reasons(cells):
+        told = [f"* {text} ({counted(count, 'cell')})" for text, count in missing.items()]
+        parts.append("Without a time:\n\n" + "\n".join(told))
+    whole_run = "" if document["complete"] else f"; not complete: {document['stopped']}"
+    parts.append(
+        f"{env['gpu']}, {document['date']}, {document['wall_s']:.0f} s, commit"
+        f" {env['commit'] or 'unknown'}, `{document['command']}`{whole_run}."
+    )
+    return "\n\n".join(parts)
+
+
 def tables(report: Report) -> dict[str, str]:
     """Everything a document can include, by name."""
     found = {
@@ -208,11 +261,12 @@ def tables(report: Report) -> dict[str, str]:
     return found | {scheme: scheme_tables(report.of(scheme)) for scheme in report.schemes}
 
 
-def whole(report: Report) -> str:
-    """All tables as one document."""
+def whole(report: Report, beside: Mapping[str, str]) -> str:
+    """All tables as one document, with what stands beside those of the runs."""
     titles = {"machine": "Machine", "summary": "Summary", "missing": "Without a time",
-              "host": "Host time of an eager call", "paths": "Paths"}  # fmt: skip
+              "host": "Host time of an eager call", "paths": "Paths", "variants": "Variants"}  # fmt: skip
     parts = [
-        f"## {titles.get(name, name.upper())}\n\n{text}" for name, text in tables(report).items()
+        f"## {titles.get(name, name.upper())}\n\n{text}"
+        for name, text in (tables(report) | dict(beside)).items()
     ]
     return "\n\n".join(["# Benchmark", *parts]) + "\n"

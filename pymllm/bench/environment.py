@@ -83,7 +83,7 @@ def board(device: torch.device) -> tuple[Board | None, str | None]:
     try:
         return Board(device), None
     except (OSError, AttributeError) as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, str(error)
 
 
 def clocks(device: torch.device) -> dict[str, Any] | None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 
-LIBRARY = "libnvidia-ml.so.1"
-_SM, _MEMORY = 1, 2
-_TEMPERATURE = 0
 # Bits of NVML's clock event reasons that lower a clock.
 _REASONS = {
     0x02: "application clocks",
@@ -26,34 +22,34 @@ class Board:
     """The GPU behind a torch device.
 
     Raises:
-        OSError: the library is not there, or does not know the GPU; the message says which.
+        OSError: NVML or its Python package is not there, or does not know the GPU; the message says which.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._nvml: Any = ctypes.CDLL(LIBRARY)
-        self._demand(self._nvml.nvmlInit_v2(), "nvmlInit")
-        # Its numbering ignores CUDA_VISIBLE_DEVICES; the uuid does not.
+        try:
+            import pynvml
+        except ImportError:
+            raise OSError("pynvml is not installed (pip install nvidia-ml-py)") from None
+        self._nvml = pynvml
         properties: Any = torch.cuda.get_device_properties(device)
-        self._handle = ctypes.c_void_p()
-        name = f"GPU-{properties.uuid}".encode()
-        code = self._nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(self._handle))
-        self._demand(code, "nvmlDeviceGetHandleByUUID")
+        try:
+            pynvml.nvmlInit()
+            # Its numbering ignores CUDA_VISIBLE_DEVICES; the uuid does not.
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        except pynvml.NVMLError as error:
+            raise OSError(f"NVML: {error}") from error
 
-    def _demand(self, code: int, call: str) -> None:
-        if code != 0:
-            raise OSError(f"{call}: NVML error {code}")
-
-    def _number(self, call: str, *arguments: int, kind: Any = ctypes.c_uint) -> int | None:
-        """What a query writes, ``None`` where this GPU does not answer it."""
-        found = kind()
-        code = getattr(self._nvml, call)(self._handle, *arguments, ctypes.byref(found))
-        return int(found.value) if code == 0 else None
+    def _told(self, call: str, *arguments: object) -> Any:
+        """What a query gives, ``None`` where this GPU or driver does not answer it."""
+        try:
+            return getattr(self._nvml, call)(*arguments)
+        except self._nvml.NVMLError:
+            return None
 
     def driver(self) -> str | None:
         """Version of the driver."""
-        text = ctypes.create_string_buffer(96)
-        code = self._nvml.nvmlSystemGetDriverVersion(text, len(text))
-        return text.value.decode() if code == 0 else None
+        version: str | None = self._told("nvmlSystemGetDriverVersion")
+        return version
 
     def at_work(self) -> Facts:
         """``sm_mhz``, ``power_w`` (mean of the last second) and ``throttle``, of this moment.
@@ -61,22 +57,23 @@ class Board:
         ``throttle`` names what holds the clock down, ``""`` if nothing does. Whatever the GPU does not
         tell is ``None``.
         """
-        clock = self._number("nvmlDeviceGetClockInfo", _SM)
-        call = "nvmlDeviceGetCurrentClocksThrottleReasons"
-        bits = self._number(call, kind=ctypes.c_ulonglong)
-        power = self._number("nvmlDeviceGetPowerUsage")
+        bits = self._told("nvmlDeviceGetCurrentClocksEventReasons", self._handle)
+        power = self._told("nvmlDeviceGetPowerUsage", self._handle)
         return {
-            "sm_mhz": clock,
+            "sm_mhz": self._told("nvmlDeviceGetClockInfo", self._handle, self._nvml.NVML_CLOCK_SM),
             "power_w": None if power is None else power / 1e3,
             "throttle": None if bits is None else throttling(bits),
         }
 
     def facts(self) -> Facts:
         """:meth:`at_work` with ``memory_mhz`` and ``temperature_c``."""
+        nvml, handle = self._nvml, self._handle
         return {
             **self.at_work(),
-            "memory_mhz": self._number("nvmlDeviceGetClockInfo", _MEMORY),
-            "temperature_c": self._number("nvmlDeviceGetTemperature", _TEMPERATURE),
+            "memory_mhz": self._told("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM),
+            "temperature_c": self._told(
+                "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU
+            ),
         }
 
 

@@ -157,6 +157,35 @@ def graph_time(
     return summarize([sample / count for sample in samples], used, count)
 
 
+def side_by_side(rotations: Sequence[Sequence[Call]], rest: float = 0.0) -> list[Timing]:
+    """:func:`graph_time` of several, replayed in turns: a clock that drifts is the same for all.
+
+    All graphs hold the same number of calls, so that their launch counts the same in each.
+
+    Args:
+        rotations: for each what :func:`graph_time` takes.
+        rest: idle time before the replays, as a multiple of the GPU time that they will take.
+    """
+    call_us = [pilot_time(calls) for calls in rotations]
+    planned = zip(rotations, call_us, strict=True)
+    count = max(plan_calls(len(calls), us)[1] for calls, us in planned)
+    warm, timed = replays_for(max(call_us))
+    graphs = [capture([calls[i % len(calls)] for i in range(count)]) for calls in rotations]
+    time.sleep(rest_for(count * sum(call_us), max(call_us), rest))
+    samples: list[list[float]] = [[] for _ in graphs]
+    for turn in range(warm + timed):
+        for place in range(len(graphs)):
+            # Each comes first in turn: after idle time the first may find a lower clock.
+            which = (place + turn) % len(graphs)
+            samples[which] += replay(graphs[which], 1)
+    for graph in graphs:
+        graph.reset()
+    return [
+        summarize([us / count for us in found[warm:]], min(len(calls), count), count)
+        for calls, found in zip(rotations, samples, strict=True)
+    ]
+
+
 def pilot_time(calls: Sequence[Call]) -> float:
     """About how many microseconds a call takes on the GPU; afterwards each may be captured."""
     call_us = _warm_up(calls)
@@ -238,8 +267,17 @@ def _eager_sample(calls: Sequence[Call], count: int) -> float:
     return float(start.elapsed_time(end)) * 1e3
 
 
-def host_time(call: Call, count: int = 48, samples: int = EAGER_SAMPLES) -> Timing:
-    """Host time to issue one eager call. Few calls a sample, so that no full queue blocks them."""
+def host_time(
+    call: Call, count: int = 48, samples: int = EAGER_SAMPLES, *, to_the_end: bool = False
+) -> Timing:
+    """Host time to issue one eager call. Few calls a sample, so that no full queue blocks them.
+
+    Args:
+        call: what to time.
+        count: calls of a sample.
+        samples: how many.
+        to_the_end: until the GPU has done them: the longer of the host's time and the GPU's.
+    """
     for _ in range(20):
         call()
     times = []
@@ -248,6 +286,8 @@ def host_time(call: Call, count: int = 48, samples: int = EAGER_SAMPLES) -> Timi
         start = time.perf_counter()
         for _ in range(count):
             call()
+        if to_the_end:
+            torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1e6 / count)
     torch.cuda.synchronize()
     return summarize(times, 1, count)

@@ -30,6 +30,7 @@ from pymllm.cli.report import (
     print_json,
 )
 from pymllm.cli.run import token_counts
+from pymllm.text import duration
 
 if TYPE_CHECKING:
     from pymllm.bench.providers import Provider
@@ -197,11 +198,6 @@ class Countdown:
             left = f", about {duration(max(seconds, 0.0))} left"
         self._done += 1
         self._progress.step(f"[{self._done}/{max(self._total, self._done)}] {text}{left}")
-
-
-def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def text_of(document: Mapping[str, Any]) -> str:

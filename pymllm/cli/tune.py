@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymllm.cli.bench import SCHEMES, duration, shapes_of
+from pymllm.cli.bench import SCHEMES, shapes_of
 from pymllm.cli.report import Progress, add_output_options, counted, format_table, print_json
 from pymllm.cli.run import DTYPE_NAMES, positive, token_counts
+from pymllm.text import duration
 
 if TYPE_CHECKING:
     from pymllm.bench.shapes import Shape

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymllm.cli.bench import SCHEMES, duration, shapes_of
+from pymllm.cli.bench import SCHEMES, shapes_of
 from pymllm.cli.report import Progress, add_output_options, counted, print_json
 from pymllm.cli.run import DTYPE_NAMES
 from pymllm.cli.tune import shapes_of_models
+from pymllm.text import duration
 
 if TYPE_CHECKING:
     from pymllm.warming import WarmedUp

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pymllm.text import duration
 from pymllm.tuning.cases import Case, GpuCase
 from pymllm.tuning.search import Config, Outcome, Unfit, search
 from pymllm_kernels import DeviceFacts, LinearKernel, LinearProblem, select_kernel
@@ -195,7 +196,7 @@ def _measure_all(
             report.left = len(jobs) - done
             return
         left = (clock() - began) / done * (len(jobs) - done) if done else None
-        about = "" if left is None else f", about {_duration(left)} left"
+        about = "" if left is None else f", about {duration(left)} left"
         progress(f"[{done + 1}/{len(jobs)}] {job.told}{about}")
         try:
             if case is None or case[0] != job.problem:
@@ -285,7 +286,3 @@ def _entry(tunable: Tunable, found: Outcome, keep_timings: bool) -> Entry:
         None if runner_up_us is None else round(runner_up_us, 3),
         timings if keep_timings else {},
     )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

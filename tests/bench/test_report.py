@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from pymllm.bench.timing import summarize
+from pymllm.bench.variants.values import SHARE, US, Goal, blank, compare, fill
+
 ROOT = Path(__file__).parents[2]
 TIMES = {
     # M: ours, bf16, humming, roof
@@ -241,6 +244,70 @@ def test_published_figures_of_another_machine_are_refused(
     assert "not a file of published figures" in capsys.readouterr().err
 
 
+def variants_file(tmp_path: Path) -> str:
+    base, slow = (blank("w4a16", name, "bf16", 16, 4096, 4096) for name in ("bf16", "8 bits"))
+    broken = blank("w4a16", "fp16", "bf16", 16, 4096, 4096) | {"skip": "out of resource"}
+    quick = blank("quantization", "static", "per token", 64, 4096)
+    host = [
+        blank("host", f"{name}, eager", "F.linear, eager", 1, 4096, 4096)
+        for name in ("F.linear", "w4a16")
+    ]
+    for known, us, moved in ((base, 8.0, 10**7), (slow, 20.0, 2 * 10**7), (quick, 2.5, 10**6)):
+        fill(known, summarize([us], 1, 1), moved)
+    for known, us in zip(host, (16.0, 20.0), strict=True):
+        fill(known, summarize([us], 1, 1))
+        known["done_us"] = 2 * us
+    compare(slow, base, Goal(SHARE, 0.85), 4.0)
+    compare(quick, quick, Goal(US, 3.0), 4.0)
+    compare(host[1], host[0], Goal(), 4.0)
+    document = {
+        "format": "pymllm-variants", "version": 1, "complete": False, "stopped": "interrupted",
+        "environment": a_run()["environment"], "command": "variants.py --out v.json",
+        "date": "2026-01-31T12:00:00+00:00", "wall_s": 99.6,
+        "cells": [base, slow, broken, quick, *host],
+    }  # fmt: skip
+    return written(tmp_path / "variants.json", document)
+
+
+def test_variants_stand_beside_what_is_wanted(
+    report: Any, run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = variants_file(tmp_path)
+    assert report.main(["--variants", path]) == 0
+    text = capsys.readouterr().out.replace("×", "x").replace("–", "-")  # noqa: RUF001
+    lines = text.splitlines()
+    assert (
+        "| w4a16: 8 bits | bf16 | 16 | share of the memory roof / the base's | 0.80 |"
+        " 0.80 (4096 x 4096, M = 16) | ≥ 0.85 | not met, 1 of 1 cells |" in lines
+    )
+    assert (
+        "| quantization: static | per token | 64 | µs | 2.50 | 2.50 (K = 4096, M = 64) |"
+        " ≤ 3.00 µs | met |" in lines
+    )
+    assert "| host: w4a16, eager | F.linear, eager | 1 | time / the base's | 1.25 |" in text
+    assert "| w4a16, eager, 4096 x 4096, M = 1 | 20.0 | 40.0 |" in lines
+    assert "* w4a16, fp16: out of resource (1 cell)" in lines
+    assert "100 s, commit abc, `variants.py --out v.json`; not complete: interrupted." in lines[-1]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- tables: variants -->\nold\n<!-- /tables -->\n")
+    assert report.main([run_file, "--update", str(page)]) == 0
+    assert "old" in page.read_text()
+    assert report.main(["--variants", path, "--update", str(page)]) == 0
+    assert "w4a16: 8 bits" in page.read_text() and "old" not in page.read_text()
+    assert report.main([run_file, "--variants", path]) == 0
+    assert "## Variants\n\n| variant |" in capsys.readouterr().out
+
+
+def test_without_a_run_there_are_only_variants(
+    report: Any, run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([]) == 2
+    assert report.main(["--variants", variants_file(tmp_path), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("needs a RUN.json") == 2
+    assert report.main(["--variants", run_file]) == 2
+    assert "pymllm-variants" in capsys.readouterr().err
+
+
 def test_update_fills_blocks_twice_alike(report: Any, run_file: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- tables: w4a16 -->\nold\n<!-- /tables -->\nb\n<!-- tables: other -->\nkept\n<!-- /tables -->\n")  # fmt: skip
@@ -257,8 +324,9 @@ def test_the_page_of_this_repository_can_be_filled(
 ) -> None:
     page = tmp_path / "performance.md"
     page.write_text((ROOT / "docs" / "performance.md").read_text())
-    peers = published(tmp_path, humming=8.0)
-    assert report.main([run_file, "--update", str(page), "--check-published", peers]) == 0
+    beside = ["--check-published", published(tmp_path, humming=8.0)]
+    beside += ["--variants", variants_file(tmp_path)]
+    assert report.main([run_file, "--update", str(page), *beside]) == 0
     assert "left" not in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from pymllm.bench import autotune, nvml, precompile
+from pymllm.bench import autotune, precompile
 from pymllm.bench.providers.base import Job, Provider
 
 
@@ -198,11 +198,6 @@ def test_a_share_is_compiled_by_the_provider(monkeypatch, capsys):
     precompile.main()
     assert json.loads(capsys.readouterr().out) == []
     assert provider.tuner.fn.compiled == [32, 32]
-
-
-def test_what_holds_a_clock_down():
-    assert nvml.throttling(0x1) == ""
-    assert nvml.throttling(0x4 | 0x20) == "power cap, thermal"
 
 
 class Cuda:

@@ -157,6 +157,45 @@ def test_graph_holds_one_call_a_copy_and_replays_wait_for_each_other(monkeypatch
     assert seen == [35 + busy]
 
 
+def test_side_by_side_takes_turns_with_as_many_calls_each(monkeypatch):
+    clock = Clock(monkeypatch, 10.0)
+    first, second = timing.side_by_side([[clock.call] * 5, [clock.call] * 3], rest=2.0)
+    assert (first.copies, first.calls, len(first.samples_us)) == (5, 5, 12)
+    assert (second.copies, second.calls, len(second.samples_us)) == (3, 5, 12)
+    assert (first.median_us, second.median_us) == (10.0, 10.0)
+    assert clock.log[8] == ("rest", pytest.approx(2.0 * 15 * 100e-6))
+    assert clock.log[9:] == [5, "wait"] * 30
+
+
+def test_side_by_side_knows_who_is_who(monkeypatch):
+    clock = Clock(monkeypatch, 10.0)
+    order = []
+    monkeypatch.setattr(timing, "pilot_time", lambda calls: 10.0)
+    monkeypatch.setattr(timing, "capture", lambda calls: type("G", (), {"reset": int})())
+    graphs = {}
+
+    def replay(graph, samples):
+        name = graphs.setdefault(id(graph), len(graphs))
+        order.append(name)
+        return [100.0 * (name + 1)] * samples
+
+    monkeypatch.setattr(timing, "replay", replay)
+    times = timing.side_by_side([[clock.call] * 4] * 3)
+    assert [timing.median_us for timing in times] == [25.0, 50.0, 75.0]
+    assert order[:9] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+
+
+@pytest.mark.parametrize("to_the_end", [False, True])
+def test_host_time_issues_few_calls_a_sample(monkeypatch, to_the_end):
+    clock = Clock(monkeypatch, 10.0)
+    found = timing.host_time(
+        lambda: clock.log.append("call"), count=3, samples=2, to_the_end=to_the_end
+    )
+    sample = ["all", *["call"] * 3, *["all"] * to_the_end]
+    assert clock.log == ["call"] * 20 + sample * 2 + ["all"]
+    assert (found.calls, len(found.samples_us)) == (3, 2)
+
+
 def test_cpu_time_rotates_and_measures():
     turns = []
     calls = [lambda i=i: turns.append(i) for i in range(3)]
