@@ -14,7 +14,7 @@ from pymllm_kernels.w4a16.hopper_decode_tuning import (
     candidates,
     why_invalid,
 )
-from pymllm_kernels.w4a16.hopper_tuning import HopperConfig, HopperForm, choose_config
+from pymllm_kernels.w4a16.hopper_tuning import HopperConfig, HopperForm
 from pymllm_kernels.w4a16.tunable import HOPPER
 
 SHARED = 227 * 1024
@@ -25,13 +25,14 @@ FORM = HopperForm()
 def test_a_configuration_is_what_the_kernel_takes(config: DecodeConfig) -> None:
     assert config.tiles * 8 == config.block_m
     assert config.rows * config.tiles <= config.places < 2 * config.rows * config.tiles
-    assert math.log2(config.places).is_integer() and config.places <= 8
-    assert config.warps in (8, 16)
+    assert math.log2(config.places).is_integer() and config.places <= 16
+    assert config.warps in (8, 16) and config.warps % config.row_warps == 0
+    assert config.registers in (128, 256) and config.mix <= config.rows
     for n in (16, 2112, 4096, 57344):
         programs = config.programs(n, 132)
         assert 1 <= programs <= n // 16
         # All of them run at once.
-        assert programs * config.warps <= 132 * 16
+        assert programs * config.warps * config.registers <= 132 * 16 * 128
 
 
 @pytest.mark.parametrize("form", [FORM, HopperForm(runs=2, parameter_bytes=3), HopperForm(runs=4)])
@@ -46,6 +47,18 @@ def test_candidates(form: HopperForm) -> None:
     assert not list(candidates(17, 4096, 4096, form, 132, SHARED))
 
 
+def test_passes_and_steps() -> None:
+    # 13 or 14 row blocks a program, 32 blocks of K.
+    assert DecodeConfig(8, rows=4).steps(28672, 4096, 132) == (4, 4 * 2)
+    assert DecodeConfig(8, rows=4, row_warps=4).steps(28672, 4096, 132) == (1, 8)
+    wide = DecodeConfig(8, rows=7, row_warps=2, warps=8, registers=256)
+    assert wide.steps(28672, 4096, 132) == (1, 8)
+    assert wide.steps(57344, 8192, 132) == (2, 2 * 16)
+    # Two programs a multiprocessor; a row block for some of them; a last block of K that is not full.
+    assert DecodeConfig(8, rows=3, warps=8).steps(6144, 4096, 132) == (1, 4)
+    assert DecodeConfig(8, rows=2).steps(528, 4104, 132) == (1, 3)
+
+
 def test_what_cannot_be_run() -> None:
     four, five = DecodeConfig(8, rows=4), DecodeConfig(8, rows=5)
     assert why_invalid(four, 8, FORM, SHARED) is None
@@ -55,29 +68,6 @@ def test_what_cannot_be_run() -> None:
     assert why_invalid(five, 1, HopperForm(parameter_bytes=3), SHARED) is not None
     assert "is none of" in str(why_invalid(DecodeConfig(8, rows=6), 1, FORM, SHARED))
     assert "32768 bytes" in str(why_invalid(four, 1, FORM, 32 * 1024 - 1))
-
-
-@pytest.mark.parametrize(
-    ("m", "n", "k", "rows", "warps"),
-    [
-        (1, 6144, 4096, 3, 16),
-        (1, 8192, 8192, 4, 16),
-        (8, 10240, 8192, 5, 16),
-        (16, 4096, 4096, 2, 16),
-        (16, 6144, 4096, 2, 8),
-    ],
-)
-def test_the_choice_where_it_was_measured(m: int, n: int, k: int, rows: int, warps: int) -> None:
-    config = choose_config(m, n, k, FORM, 132, SHARED)
-    assert isinstance(config, DecodeConfig)
-    assert (config.rows, config.warps) == (rows, warps)
-
-
-@pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 57344, 8192), (1, 28672, 4096), (16, 8192, 28672), (32, 4096, 4096)]
-)
-def test_tiles_where_they_were_faster(m: int, n: int, k: int) -> None:
-    assert isinstance(choose_config(m, n, k, FORM, 132, SHARED), HopperConfig)
 
 
 def test_stored_configurations_come_back() -> None:

@@ -51,8 +51,8 @@ def run(
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [128, 64, 32, 256, -1])
 def test_every_configuration(group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
-    # 33 row blocks for 132 or 264 programs; 11 or 12 blocks of K for 8 or 16 warps.
-    n, k = 528, 1536 if group_size == 256 else 1408
+    # One row block, or two for the last of the programs; 11 or 12 blocks of K for 2 to 16 warps.
+    n, k = 16 * (132 + 31), 1536 if group_size == 256 else 1408
     layer = make_w4a16(n, k, group_size, symmetric=symmetric, dtype=dtype, device="cuda")
     weight = prepared(layer)
     bias = torch.randn(n, device="cuda").to(dtype)
@@ -67,7 +67,10 @@ def test_every_configuration(group_size: int, symmetric: bool, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(16, 128), (16, 4096), (10240, 2048), (57344, 1024)])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(16, 128), (16, 4096), (528, 1408), (10240, 2048), (28672, 640), (43056, 384), (57344, 1024)],
+)
 def test_shares_of_row_blocks(n: int, k: int, config: DecodeConfig) -> None:
     """One row block, several passes, and programs with one row block more than others."""
     layer = make_w4a16(n, k, 128, device="cuda")

@@ -92,11 +92,11 @@ def test_what_cannot_be_shared() -> None:
         (1024, 28672, 4096, 256, 2, 1),
     ],
 )
-def test_the_choice_where_it_was_measured(
+def test_the_choice_of_tiles_where_it_was_measured(
     m: int, n: int, k: int, block_m: int, consumers: int, share: int
 ) -> None:
-    config = choose_config(m, n, k, HopperForm(), 132, SHARED)
-    assert isinstance(config, HopperConfig)
+    found = candidates(m, n, k, HopperForm(), 132, SHARED)
+    _, config = min(found, key=lambda item: item[0])
     assert (config.block_m, config.consumers, config.share) == (block_m, consumers, share)
 
 

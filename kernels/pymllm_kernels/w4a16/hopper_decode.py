@@ -1,11 +1,11 @@
 """The W4A16 kernel for up to 16 tokens on Hopper, written in Gluon.
 
 Work is cut by rows only, 16 output features at a time: an even share of row blocks for every program,
-so that nothing is shared between programs. The warps of a program split K and add up once a pass, in
-a fixed order. Weights go from memory to the registers that multiply them, without shared memory: the
-sum over K may run in any order, so a thread takes 16 neighbouring bytes of a row of the layout, and
-the same inputs of ``x``, for its part of ``mma.sync``. The next step's weights are fetched while this
-one's are multiplied.
+so that nothing is shared between programs. The warps of a program split its row blocks and K, and add up
+over K once a pass, in a fixed order. Weights go from memory to the registers that multiply them, without
+shared memory: the sum over K may run in any order, so a thread takes 16 neighbouring bytes of a row of
+the layout, and the same inputs of ``x``, for its part of ``mma.sync``. Its two rows are neighbours, so
+that one load has both scales. A row block's next words are fetched as soon as it is multiplied.
 
 Instructions a weight decide. A code is not converted but masked: its bits, as a 16-bit float, are the
 subnormal number ``code * 2**-133`` (bf16, ``2**-24`` in fp16), exact, and so is 16 times that where
@@ -20,8 +20,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
-from pymllm_kernels.common.stream_k import share_of
 
 # Codes of slices 1 and 3 stay 4 bits up, times 16.
 _UNPACK_BF16 = gl.constexpr("""{
@@ -55,6 +53,30 @@ _MMA_FP16 = gl.constexpr(_MMA.replace("HALF", "f16"))
 _RAISE = "{ .reg .b32 c; mov.b32 c, BY; mul.rn.bf16x2 $0, $1, c; }"
 _RAISE_EVEN = gl.constexpr(_RAISE.replace("BY", "0x5F805F80"))  # 2**64
 _RAISE_ODD = gl.constexpr(_RAISE.replace("BY", "0x5D805D80"))  # 2**60
+# A pair of scales to fp32, in weights' units.
+_SCALES = """{
+.reg .b32 t;
+mov.b32 t, BY;
+mul.rn.bf16x2 t, $2, t;
+shl.b32 $0, t, 16;
+and.b32 $1, t, 0xFFFF0000;
+}"""
+_SCALES_OF_BF16 = gl.constexpr(_SCALES.replace("BY", "0x62006200"))  # 2**69
+_SCALES_OF_FP16 = gl.constexpr(_SCALES.replace("BY", "0x4B804B80"))  # 2**24
+# fp16 scales times 2**24 are beyond fp16.
+_SCALES_FP16 = """{
+.reg .f16 a, b;
+.reg .f32 t;
+mov.b32 {a, b}, $2;
+cvt.f32.f16 t, a;
+mul.f32 t, t, BY;
+mov.b32 $0, t;
+cvt.f32.f16 t, b;
+mul.f32 t, t, BY;
+mov.b32 $1, t;
+}"""
+_SCALES_FP16_OF_BF16 = gl.constexpr(_SCALES_FP16.replace("BY", "0f62000000"))
+_SCALES_FP16_OF_FP16 = gl.constexpr(_SCALES_FP16.replace("BY", "0f4B800000"))
 
 
 @gluon.jit
@@ -78,8 +100,18 @@ def _mma(upper, lower, x, acc, HALF: gl.constexpr):
 
 
 @gluon.jit
+def _part(values, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """``COUNT`` values, fewer where they end."""
+    some = ()
+    for i in gl.static_range(FIRST, FIRST + COUNT):
+        if i < len(values):
+            some += (values[i],)
+    return some
+
+
+@gluon.jit
 def _both(upper, lower, L3: gl.constexpr):
-    """Values of the upper and lower 8 rows ``[WARPS, 8]`` as the accumulator has its rows."""
+    """Values of a thread's two rows ``[WARPS, 8]`` as the accumulator has them."""
     c = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(0, L3)))
     is_upper = gl.expand_dims(gl.expand_dims(c % 4 < 2, 0), 0)
     return gl.where(is_upper, gl.expand_dims(upper, 2), gl.expand_dims(lower, 2))
@@ -88,53 +120,46 @@ def _both(upper, lower, L3: gl.constexpr):
 @gluon.jit
 def _places(sources, sizes, block, rb, g, c, RUNS: gl.constexpr, GROUP_SIZE: gl.constexpr):
     """Where a warp's block of K has the words of row block ``rb``, and its groups their scales."""
-    weight_ptr, _, _ = sources
-    N, blocks, groups = sizes
-    row = rb * 16 + g
+    weight_ptr, scale_ptr, zero_ptr = sources
+    N, groups = sizes
     # 64 bits: a layer may have 2**31 words.
-    at = (block.to(gl.int64) * N + row) * 16
-    words = weight_ptr.to(gl.pointer_type(gl.int32)) + (gl.expand_dims(at, 2) + c)
-    # Beyond K the sums are zero, but 0 * scale has to be.
-    k = gl.minimum(block, blocks - 1) * 128
-    rows = ()
+    at = (block.to(gl.int64) * N + (rb * 16 + 2 * g)) * 16
+    places = (weight_ptr.to(gl.pointer_type(gl.int32)) + (gl.expand_dims(at, 2) + c),)
     for run in gl.static_range(RUNS):
-        group = gl.minimum((k + run * (128 // RUNS)) // GROUP_SIZE, groups - 1)
-        rows += (group * N + row,)
-    return words, rows
-
-
-@gluon.jit
-def _load_unit(sources, places, block, blocks, R: gl.constexpr, there, RUNS: gl.constexpr):
-    """Row block R of one block of K a warp: words of both row halves, scales and zero points."""
-    _, scale_ptr, zero_ptr = sources
-    words, rows = places
-    mask = gl.expand_dims(block < gl.where(there, blocks, 0), 2)
-    # Not kept in the L1, which x is read from.
-    unit = (
-        gl.load(words + R * 256, mask=mask, cache_modifier=".cg"),
-        gl.load(words + (R * 256 + 128), mask=mask, cache_modifier=".cg"),
-    )
-    for run in gl.static_range(RUNS):
-        unit += (
-            gl.load(scale_ptr + rows[run] + R * 16, mask=there),
-            gl.load(scale_ptr + rows[run] + (R * 16 + 8), mask=there),
-        )
+        # K may end inside the block.
+        group = gl.minimum((block * 128 + run * (128 // RUNS)) // GROUP_SIZE, groups - 1)
+        pair = group * (N // 2) + (rb * 8 + g)
+        places += (scale_ptr.to(gl.pointer_type(gl.int32)) + pair,)
         if zero_ptr is not None:
-            unit += (
-                gl.load(zero_ptr + rows[run] + R * 16, mask=there),
-                gl.load(zero_ptr + rows[run] + (R * 16 + 8), mask=there),
-            )
-    return unit
+            places += (zero_ptr.to(gl.pointer_type(gl.int16)) + pair,)
+    return places
 
 
 @gluon.jit
-def _raise(x, ODD: gl.constexpr):
-    asm: gl.constexpr = _RAISE_ODD if ODD else _RAISE_EVEN
-    return gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1)
+def _load_units(
+    places, own, last, FIRST: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr,
+    ROW_WARPS: gl.constexpr,
+):  # fmt: skip
+    """One block of K a warp of its row blocks from FIRST on: their words, scales and zero points.
+
+    ``own`` is a warp's first row block; those from ``last`` on are zeros.
+    """
+    units = ()
+    for R in gl.static_range(FIRST, FIRST + COUNT):
+        if R < ROWS:
+            there = own < last - R * ROW_WARPS
+            mask = gl.expand_dims(there, 2)
+            # Not kept in the L1, which x is read from.
+            upper = places[0] + R * ROW_WARPS * 256
+            units += (gl.load(upper, mask=mask, other=0, cache_modifier=".cg"),)
+            units += (gl.load(upper + 16, mask=mask, other=0, cache_modifier=".cg"),)
+            for i in gl.static_range(1, len(places)):
+                units += (gl.load(places[i] + R * ROW_WARPS * 8, mask=there, other=0),)
+    return units
 
 
 @gluon.jit
-def _load_x(x_ptr, block, g, c, M, K, stride_x8, HALF: gl.constexpr, TILES: gl.constexpr):
+def _load_x(x_ptr, block, g, c, M, pieces, stride_x8, TILES: gl.constexpr):
     """Pairs of one block of K a warp: 4 slices for every tile of 8 tokens."""
     pair = gl.expand_dims(block * 64, 2) + c
     eight = gl.expand_dims(block * 16, 2) + c // 4
@@ -144,11 +169,26 @@ def _load_x(x_ptr, block, g, c, M, K, stride_x8, HALF: gl.constexpr, TILES: gl.c
         row = x_ptr.to(gl.pointer_type(gl.int32)) + (token * (stride_x8 * 4) + pair)
         for j in gl.static_range(4):
             # Within K by pieces of 8 inputs, so that one load takes a piece.
-            inside = (token < M) & (eight + j * 4 < K // 8)
-            x = gl.load(row + j * 16, mask=inside, other=0)
-            if HALF == gl.bfloat16:
-                x = _raise(x, j % 2 == 1)
-            xs += (x,)
+            inside = (token < M) & (eight < pieces - j * 4)
+            xs += (gl.load(row + j * 16, mask=inside, other=0),)
+    return xs
+
+
+@gluon.jit
+def _raise(x, ODD: gl.constexpr):
+    asm: gl.constexpr = _RAISE_ODD if ODD else _RAISE_EVEN
+    return gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _raised(loaded, HALF: gl.constexpr):
+    """What ``_load_x`` loaded, as the products take it."""
+    xs = ()
+    for i in gl.static_range(len(loaded)):
+        if HALF == gl.bfloat16:
+            xs += (_raise(loaded[i], i % 2 == 1),)
+        else:
+            xs += (loaded[i],)
     return xs
 
 
@@ -156,49 +196,80 @@ def _load_x(x_ptr, block, g, c, M, K, stride_x8, HALF: gl.constexpr, TILES: gl.c
 def _sums(
     xs, zeros, ZERO: gl.constexpr, HALF: gl.constexpr, RUNS: gl.constexpr, TILES: gl.constexpr
 ):
-    """-8 times the sum of x over a group (the sum if layers have ZERO points), in weights' units."""
-    ONE: gl.constexpr = 0x00010001 if ZERO else 0x80088008 - (1 << 32)
-    SIXTEEN: gl.constexpr = 0x00100010 if ZERO else 0x80808080 - (1 << 32)
+    """-8 times the sum of x over a group (-1 if layers have ZERO points), in weights' units."""
+    ONE: gl.constexpr = (0x80018001 if ZERO else 0x80088008) - (1 << 32)
+    SIXTEEN: gl.constexpr = (0x80108010 if ZERO else 0x80808080) - (1 << 32)
     even = gl.full(zeros.shape, ONE, gl.int32, zeros.type.layout)
     odd = even
     if HALF == gl.bfloat16:
         odd = gl.full(zeros.shape, SIXTEEN, gl.int32, zeros.type.layout)
+    ones = ((even, odd, even, odd), (even, odd, even, odd))
     sums = ()
     for run in gl.static_range(RUNS):
         for n in gl.static_range(TILES):
-            total = zeros
-            for j in gl.static_range(run * 4 // RUNS, (run + 1) * 4 // RUNS):
-                ones = odd if j % 2 == 1 else even
-                total = _mma(ones, ones, xs[n * 4 + j], total, HALF)
-            sums += (total,)
+            sums += (_products(ones, xs, zeros, zeros, n, run, HALF, RUNS, TILES),)
     return sums
 
 
 @gluon.jit
-def _add_unit(
-    acc, units, sums, xs, R: gl.constexpr, AT: gl.constexpr, ZERO: gl.constexpr, HALF: gl.constexpr,
+def _products(
+    weights, xs, start, zeros, n: gl.constexpr, run: gl.constexpr, HALF: gl.constexpr,
+    RUNS: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """``start`` plus the products of a group's slices with tile ``n`` of x."""
+    upper, lower = weights
+    FIRST: gl.constexpr = run * 4 // RUNS
+    if RUNS * TILES == 1:
+        # Each product waits 33 cycles for the sum before it: two sums, half of that.
+        other = zeros
+        for j in gl.static_range(2):
+            start = _mma(upper[2 * j], lower[2 * j], xs[2 * j], start, HALF)
+            other = _mma(upper[2 * j + 1], lower[2 * j + 1], xs[2 * j + 1], other, HALF)
+        return start + other
+    for j in gl.static_range(4 // RUNS):
+        start = _mma(upper[FIRST + j], lower[FIRST + j], xs[n * 4 + FIRST + j], start, HALF)
+    return start
+
+
+@gluon.jit
+def _scales(pairs, HALF: gl.constexpr, SCALE: gl.constexpr):
+    """The scales of two rows, in weights' units."""
+    if SCALE == gl.bfloat16:
+        asm: gl.constexpr = _SCALES_OF_BF16 if HALF == gl.bfloat16 else _SCALES_OF_FP16
+    else:
+        asm: gl.constexpr = _SCALES_FP16_OF_BF16 if HALF == gl.bfloat16 else _SCALES_FP16_OF_FP16
+    upper, lower = gl.inline_asm_elementwise(
+        asm, "=r,=r,r", [pairs], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
+    return upper.to(gl.float32, bitcast=True), lower.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _add_units(
+    acc, units, sums, xs, zeros, ZERO: gl.constexpr, HALF: gl.constexpr, SCALE: gl.constexpr,
     RUNS: gl.constexpr, TILES: gl.constexpr, L3: gl.constexpr,
 ):  # fmt: skip
-    """The accumulators of row block R plus one block of K, from units[AT] on."""
-    EACH: gl.constexpr = 4 if ZERO else 2
-    UNIT: gl.constexpr = 2.0**69 if HALF == gl.bfloat16 else 2.0**24
-    upper = _unpack(units[AT], HALF)
-    lower = _unpack(units[AT + 1], HALF)
+    """The accumulators of some row blocks plus one block of K."""
+    EACH: gl.constexpr = 2 if ZERO else 1
     added = ()
-    for n in gl.static_range(TILES):
-        total = acc[R * TILES + n]
-        for run in gl.static_range(RUNS):
-            part = sums[run * TILES + n]
-            if ZERO:
-                zero_up = units[AT + 4 + run * EACH].to(gl.float32)
-                zero_low = units[AT + 5 + run * EACH].to(gl.float32)
-                part = part * _both(-zero_up, -zero_low, L3)
-            for j in gl.static_range(run * 4 // RUNS, (run + 1) * 4 // RUNS):
-                part = _mma(upper[j], lower[j], xs[n * 4 + j], part, HALF)
-            scale_up = units[AT + 2 + run * EACH].to(gl.float32) * UNIT
-            scale_low = units[AT + 3 + run * EACH].to(gl.float32) * UNIT
-            total = gl.fma(part, _both(scale_up, scale_low, L3), total)
-        added += (total,)
+    for i in gl.static_range(len(acc) // TILES):
+        unit = _part(units, i * (2 + RUNS * EACH), 2 + RUNS * EACH)
+        weights = (_unpack(unit[0], HALF), _unpack(unit[1], HALF))
+        for n in gl.static_range(TILES):
+            total = acc[i * TILES + n]
+            for run in gl.static_range(RUNS):
+                part = sums[run * TILES + n]
+                if ZERO:
+                    # After the products, which need not wait for it then.
+                    points = unit[3 + run * EACH].to(gl.int32)
+                    points = _both((points & 15).to(gl.float32), (points >> 8).to(gl.float32), L3)
+                    raw = _products(weights, xs, zeros, zeros, n, run, HALF, RUNS, TILES)
+                    part = gl.fma(part, points, raw)
+                else:
+                    part = _products(weights, xs, part, zeros, n, run, HALF, RUNS, TILES)
+                upper, lower = _scales(unit[2 + run * EACH], HALF, SCALE)
+                total = gl.fma(part, _both(upper, lower, L3), total)
+            added += (total,)
     return added
 
 
@@ -220,25 +291,28 @@ def _stack(tiles, zeros, PLACES: gl.constexpr):
         one = one.permute(0, 4, 3, 1, 2)
     elif PLACES == 8:
         one = one.permute(0, 5, 4, 3, 1, 2)
+    elif PLACES == 16:
+        one = one.permute(0, 6, 5, 4, 3, 1, 2)
     return one.reshape(zeros.shape[0], PLACES * 128)
 
 
 @gluon.jit
 def _finish(
-    acc, zeros, parts, out_ptr, bias_ptr, first, last, M, N,
-    PLACES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr,
+    acc, zeros, parts, out_ptr, bias_ptr, first, last, M, N, ROWS: gl.constexpr,
+    PLACES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr, ROW_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Adds up the warps' sums of the row blocks from ``first`` on, and stores them."""
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [ROW_WARPS, WARPS // ROW_WARPS], [1, 0])
     parts.store(_stack(acc, zeros, PLACES))
-    total = parts.slice(0, 1).load(FLAT)
-    for w in gl.static_range(1, WARPS):
-        total += parts.slice(w, 1).load(FLAT)
+    total = parts.slice(0, ROW_WARPS).load(FLAT)
+    for w in gl.static_range(1, WARPS // ROW_WARPS):
+        total += parts.slice(w * ROW_WARPS, ROW_WARPS).load(FLAT)
+    r = gl.expand_dims(gl.arange(0, ROW_WARPS, layout=gl.SliceLayout(1, FLAT)), 1)
     i = gl.expand_dims(gl.arange(0, PLACES * 128, layout=gl.SliceLayout(0, FLAT)), 0)
-    block = i // (128 * TILES)
-    row = (first + block) * 16 + i % 128 // 16 + i % 4 // 2 * 8
+    block = first + i // (128 * TILES) * ROW_WARPS + r
+    row = block * 16 + i % 128 // 16 * 2 + i % 4 // 2
     token = i // 128 % TILES * 8 + i % 16 // 4 * 2 + i % 2
-    mask = (first + block < last) & (block < len(acc) // TILES) & (token < M)
+    mask = (block < last) & (i < ROWS * TILES * 128) & (token < M)
     if bias_ptr is not None:
         total += gl.load(bias_ptr + row, mask=mask, other=0.0).to(gl.float32)
     out = out_ptr + token.to(gl.int64) * N + row
@@ -253,7 +327,7 @@ def _next_step(rb, k, steps, ROWS: gl.constexpr):
 
 
 # Compiled once for all shapes and numbers of tokens.
-@gluon.jit(do_not_specialize=["M", "N", "K", "groups", "stride_x8"])
+@gluon.jit(do_not_specialize=["M", "N", "K", "groups", "stride_x8", "share", "more"])
 def w4a16_decode_hopper(
     x_ptr,  # [M, K], rows of neighbours on 16 bytes
     weight_ptr,  # int16 [blocks, N, 32]
@@ -263,63 +337,83 @@ def w4a16_decode_hopper(
     out_ptr,  # [M, N], contiguous
     M, N, K, groups,
     stride_x8,  # of a row of x, in pieces of 8 elements
+    share, more,  # row blocks of a program, and how many programs have one more
     HALF: gl.constexpr,  # dtype of x
     GROUP_SIZE: gl.constexpr,
     RUNS: gl.constexpr,  # groups a block of K: 1, 2 or 4
-    ROWS: gl.constexpr,  # row blocks of 16 features at once
+    ROWS: gl.constexpr,  # row blocks of 16 features that a warp has at once
+    MIX: gl.constexpr,  # row blocks whose instructions are mixed
     PLACES: gl.constexpr,  # the power of two that holds ROWS * TILES
     TILES: gl.constexpr,  # tiles of 8 tokens, 1 or 2
-    AHEAD: gl.constexpr,  # steps of K fetched ahead
+    X_AHEAD: gl.constexpr,  # whether x is fetched a step ahead, as weights are
     WARPS: gl.constexpr,
+    ROW_WARPS: gl.constexpr,  # warps with other row blocks of the same blocks of K
 ):  # fmt: skip
-    # Thread (g, t) of a warp: 4 registers of row g, or of token g; of outputs of rows g and g + 8.
+    # Thread (g, t) of a warp: 4 registers of rows 2 g and 2 g + 1, or of token g.
     L3: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
     OF_ROWS: gl.constexpr = gl.SliceLayout(2, L3)
+    K_WARPS: gl.constexpr = WARPS // ROW_WARPS
     warp = gl.expand_dims(gl.arange(0, WARPS, layout=gl.SliceLayout(1, OF_ROWS)), 1)
+    r = warp % ROW_WARPS
+    w = warp // ROW_WARPS
     g = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, OF_ROWS)), 0)
     c = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(0, L3)))
     c = gl.expand_dims(gl.expand_dims(c, 0), 0)
-    first, last = share_of(gl.program_id(0), N // 16, gl.num_programs(0))
+    program = gl.program_id(0)
+    first = program * share + gl.minimum(program, more)
+    last = first + share + gl.where(program < more, 1, 0)
     blocks = gl.cdiv(K, 128)
-    steps = gl.cdiv(blocks, WARPS)
+    steps = gl.cdiv(blocks, K_WARPS)
     parts = gl.allocate_shared_memory(
         gl.float32, [WARPS, PLACES * 128], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
     sources = (weight_ptr, scale_ptr, zero_ptr)
-    sizes = (N, blocks, groups)
+    sizes = (N, groups)
     zeros = gl.zeros([WARPS, 8, 16], gl.float32, L3)
     ZERO: gl.constexpr = zero_ptr is not None
-    EACH: gl.constexpr = 2 + RUNS * (4 if ZERO else 2)
-    # Row block and step of the weights that are fetched next; rb and k are those multiplied.
-    next_rb = first
-    next_k = 0
-    units = ()
-    for _ in gl.static_range(AHEAD):
-        block = next_k * WARPS + warp
-        places = _places(sources, sizes, block, next_rb, g, c, RUNS, GROUP_SIZE)
-        for r in gl.static_range(ROWS):
-            units += _load_unit(sources, places, block, blocks, r, next_rb + r < last, RUNS)
-        next_rb, next_k = _next_step(next_rb, next_k, steps, ROWS)
+    SCALE: gl.constexpr = scale_ptr.dtype.element_ty
+    EACH: gl.constexpr = 2 + RUNS * (2 if ZERO else 1)
+    TOGETHER: gl.constexpr = ROWS * ROW_WARPS
+    places = _places(sources, sizes, w, first + r, g, c, RUNS, GROUP_SIZE)
+    own = gl.where(w < blocks, first + r, last)
+    units = _load_units(places, own, last, 0, ROWS, ROWS, ROW_WARPS)
+    if X_AHEAD:
+        loaded = _load_x(x_ptr, w, g, c, M, K // 8, stride_x8, TILES)
     acc = (zeros,) * (ROWS * TILES)
     rb = first
     k = 0
-    for _ in range(0, gl.cdiv(last - first, ROWS) * steps, AHEAD):
+    for _ in range(gl.cdiv(last - first, TOGETHER) * steps):
+        # Row block and step of what is fetched meanwhile.
+        next_rb, next_k = _next_step(rb, k, steps, TOGETHER)
+        block = next_k * K_WARPS + w
+        places = _places(sources, sizes, block, next_rb + r, g, c, RUNS, GROUP_SIZE)
+        # Past the last for what is beyond K.
+        own = gl.where(block < blocks, next_rb + r, last)
+        if not X_AHEAD:
+            loaded = _load_x(x_ptr, k * K_WARPS + w, g, c, M, K // 8, stride_x8, TILES)
+        xs = _raised(loaded, HALF)
+        if X_AHEAD:
+            pieces = gl.where(next_rb < last, K // 8, 0)
+            loaded = _load_x(x_ptr, block, g, c, M, pieces, stride_x8, TILES)
+        sums = _sums(xs, zeros, ZERO, HALF, RUNS, TILES)
+        added = ()
         fetched = ()
-        for a in gl.static_range(AHEAD):
-            xs = _load_x(x_ptr, k * WARPS + warp, g, c, M, K, stride_x8, HALF, TILES)
-            sums = _sums(xs, zeros, ZERO, HALF, RUNS, TILES)
-            block = next_k * WARPS + warp
-            places = _places(sources, sizes, block, next_rb, g, c, RUNS, GROUP_SIZE)
-            added = ()
-            for r in gl.static_range(ROWS):
-                added += _add_unit(
-                    acc, units, sums, xs, r, (a * ROWS + r) * EACH, ZERO, HALF, RUNS, TILES, L3,
-                )  # fmt: skip
-                fetched += _load_unit(sources, places, block, blocks, r, next_rb + r < last, RUNS)
-            acc = added
-            next_rb, next_k = _next_step(next_rb, next_k, steps, ROWS)
-            if k == steps - 1:
-                _finish(acc, zeros, parts, out_ptr, bias_ptr, rb, last, M, N, PLACES, TILES, WARPS)
-                acc = (zeros,) * (ROWS * TILES)
-            rb, k = _next_step(rb, k, steps, ROWS)
+        for R in gl.static_range(0, ROWS, MIX):
+            mixed = _part(acc, R * TILES, MIX * TILES)
+            unit = _part(units, R * EACH, MIX * EACH)
+            # A branch, so that row blocks are multiplied one after the other and each one's next words
+            # are on their way meanwhile. The compiler mixed all of them, and waited for all.
+            if rb + R * ROW_WARPS < last:
+                mixed = _add_units(mixed, unit, sums, xs, zeros, ZERO, HALF, SCALE, RUNS, TILES, L3)
+                unit = _load_units(places, own, last, R, MIX, ROWS, ROW_WARPS)
+            added += mixed
+            fetched += unit
+        acc = added
         units = fetched
+        if k == steps - 1:
+            _finish(
+                acc, zeros, parts, out_ptr, bias_ptr, rb, last, M, N,
+                ROWS, PLACES, TILES, WARPS, ROW_WARPS,
+            )  # fmt: skip
+            acc = (zeros,) * (ROWS * TILES)
+        rb, k = next_rb, next_k

@@ -14,7 +14,7 @@ from pymllm_kernels.common.launcher import LoadedKernel, load
 from pymllm_kernels.common.specialization import Specialization, pointer_type
 from pymllm_kernels.device import device_facts
 from pymllm_kernels.w4a16.hopper_decode import w4a16_decode_hopper
-from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig, why_invalid
+from pymllm_kernels.w4a16.hopper_decode_tuning import ROW_BLOCK, DecodeConfig, why_invalid
 
 if TYPE_CHECKING:
     from pymllm_kernels.w4a16.hopper_launch import HopperLayer
@@ -34,17 +34,19 @@ def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
         "scale_ptr": pointer_type(layer.scale),
         "out_ptr": pointer_type(layer.act),
         **{name: kind for name, kind in optional.items() if kind is not None},
-        **dict.fromkeys(("M", "N", "K", "groups", "stride_x8"), "i32"),
+        **dict.fromkeys(("M", "N", "K", "groups", "stride_x8", "share", "more"), "i32"),
     }
     constants = {
         "HALF": GLUON_DTYPE[layer.act],
         "GROUP_SIZE": _ONE_GROUP if layer.group_size == -1 else layer.group_size,
         "RUNS": layer.form.runs,
         "ROWS": config.rows,
+        "MIX": config.mix,
         "PLACES": config.places,
         "TILES": config.tiles,
-        "AHEAD": config.ahead,
+        "X_AHEAD": config.x_ahead,
         "WARPS": config.warps,
+        "ROW_WARPS": config.row_warps,
     }
     return Specialization(
         f"w4a16-decode-{config.block_m}x{config.rows}-{config.warps}-warps",
@@ -54,8 +56,7 @@ def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
         num_warps=config.warps,
         # A bias may be a view that starts anywhere.
         divisible_by_16=("x_ptr", "weight_ptr", "scale_ptr", "out_ptr"),
-        # 16 warps a multiprocessor, in one program or several.
-        options={"maxnreg": 128},
+        options={"maxnreg": min(config.registers, 255)},
     )
 
 
@@ -77,7 +78,8 @@ class PreparedDecode:
         self._device = device
         self._kernel = _kernel(layer.compiled, config, device)
         self._programs = config.programs(layer.n, facts.multiprocessors)
-        self._sizes = (m, layer.n, layer.k, layer.groups, stride_xm // 8)
+        share, more = divmod(layer.n // ROW_BLOCK, self._programs)
+        self._sizes = (m, layer.n, layer.k, layer.groups, stride_xm // 8, share, more)
 
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from pymllm_kernels.w4a16.hopper_tuning import HopperForm
 
 ROW_BLOCK = 16
-# 16 warps of 128 registers fill a multiprocessor.
-_WARPS = 16
+# Of a multiprocessor: 16 warps of 128, or 8 of 256.
+_REGISTERS = 65536
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,21 @@ class DecodeConfig:
 
     Attributes:
         block_m: most tokens, 8 or 16.
-        rows: row blocks of 16 output features that a program works on at once.
-        ahead: steps of K whose weights are fetched ahead.
-        warps: of a program, each with its own blocks of K.
+        rows: row blocks of 16 output features that a warp works on at once.
+        row_warps: warps that work on other row blocks of the same blocks of K.
+        warps: of a program; ``warps / row_warps`` of them share the blocks of K.
+        registers: of a thread, 128 or 256.
+        x_ahead: whether activations are fetched a step ahead, as weights are.
+        mix: row blocks whose instructions are mixed.
     """
 
     block_m: int
     rows: int
-    ahead: int = 1
-    warps: int = _WARPS
+    row_warps: int = 1
+    warps: int = 16
+    registers: int = 128
+    x_ahead: bool = True
+    mix: int = 1
 
     @property
     def tiles(self) -> int:
@@ -47,19 +53,25 @@ class DecodeConfig:
 
     def programs(self, n: int, multiprocessors: int) -> int:
         """Size of the grid: an even share of row blocks each."""
-        return min(multiprocessors * (_WARPS // self.warps), n // ROW_BLOCK)
+        together = _REGISTERS // (32 * self.warps * self.registers)
+        return min(multiprocessors * together, n // ROW_BLOCK)
+
+    def steps(self, n: int, k: int, multiprocessors: int) -> tuple[int, int]:
+        """Passes over K, and steps of all passes, of the program with most to do."""
+        share = -(-(n // ROW_BLOCK) // self.programs(n, multiprocessors))
+        passes = -(-share // (self.rows * self.row_warps))
+        # Blocks of 128 inputs, by all warps that share them.
+        return passes, passes * -(-k // (128 * self.warps // self.row_warps))
 
 
 class _Measured(NamedTuple):
     """A configuration with its time on an H200, in microseconds.
 
-    Fitted over 8 layers at M = 1 (16 for two tiles of tokens), within 6 % of each.
-
     Attributes:
         config: the configuration.
         start: of a call.
         one_pass: of a pass over K.
-        step: of a step of ``warps`` blocks of K.
+        step: of a step of ``warps / row_warps`` blocks of K.
         unit: of 16 row blocks of one block of K on every multiprocessor, from memory.
         groups: most groups a block; beyond that registers are spilled.
         groups_zero: the same with zero points, 0 for none.
@@ -74,18 +86,46 @@ class _Measured(NamedTuple):
     groups_zero: int
 
 
+def _wide(block_m: int, rows: int, row_warps: int = 1, mix: int = 1) -> DecodeConfig:
+    return DecodeConfig(block_m, rows, row_warps, warps=8, registers=256, mix=mix)
+
+
+# Estimates, not measured yet.
 _MEASURED = (
-    # The first two by tuned entries of 1024x4096, 4096x4096 and 4096x14336, M = 1, within 1 %: fetching
-    # two steps ahead, which was to hide the memory, costs up to 16 % (14.4 us instead of 12.4).
-    _Measured(DecodeConfig(8, rows=2), 2.42, 0.77, 0.530, 0.405, 4, 2),
-    _Measured(DecodeConfig(8, rows=2, ahead=2), 2.19, 0.77, 0.660, 0.504, 2, 1),
-    _Measured(DecodeConfig(8, rows=3), 2.74, 0.80, 1.207, 0.225, 2, 2),
-    _Measured(DecodeConfig(8, rows=4), 2.75, 1.20, 1.406, 0.236, 1, 1),
-    _Measured(DecodeConfig(8, rows=5), 2.41, 1.98, 1.636, 0.274, 1, 0),
-    _Measured(DecodeConfig(8, rows=3, warps=8), 2.16, 0.73, 1.433, 0.142, 2, 2),
-    _Measured(DecodeConfig(8, rows=4, warps=8), 1.89, 1.14, 1.760, 0.147, 1, 1),
-    _Measured(DecodeConfig(16, rows=2), 3.78, 0.27, 1.670, 0.104, 2, 1),
-    _Measured(DecodeConfig(16, rows=2, warps=8), 2.61, 0.43, 1.288, 0.191, 2, 1),
+    _Measured(DecodeConfig(8, rows=2), 2.5, 0.6, 0.10, 0.54, 4, 2),
+    _Measured(DecodeConfig(8, rows=2, row_warps=2), 2.5, 0.5, 0.10, 0.54, 4, 2),
+    _Measured(DecodeConfig(8, rows=2, row_warps=4), 2.5, 0.5, 0.10, 0.54, 4, 2),
+    _Measured(DecodeConfig(8, rows=3), 2.5, 0.6, 0.14, 0.54, 2, 2),
+    _Measured(DecodeConfig(8, rows=3, row_warps=2), 2.5, 0.5, 0.14, 0.54, 2, 2),
+    _Measured(DecodeConfig(8, rows=4), 2.5, 0.6, 0.18, 0.54, 1, 1),
+    _Measured(DecodeConfig(8, rows=4, row_warps=2), 2.5, 0.5, 0.18, 0.54, 1, 1),
+    _Measured(DecodeConfig(8, rows=4, row_warps=4), 2.5, 0.5, 0.18, 0.54, 1, 1),
+    _Measured(DecodeConfig(8, rows=5), 2.5, 0.7, 0.22, 0.54, 1, 0),
+    _Measured(DecodeConfig(8, rows=5, x_ahead=False), 2.5, 0.7, 0.35, 0.54, 2, 1),
+    _Measured(DecodeConfig(8, rows=3, warps=8), 2.5, 0.6, 0.14, 0.54, 2, 2),
+    _Measured(DecodeConfig(8, rows=4, warps=8), 2.5, 0.6, 0.18, 0.54, 1, 1),
+    _Measured(_wide(8, 2), 2.5, 0.5, 0.08, 0.56, 4, 4),
+    _Measured(_wide(8, 3), 2.5, 0.5, 0.10, 0.56, 4, 4),
+    _Measured(_wide(8, 4), 2.5, 0.5, 0.12, 0.55, 4, 4),
+    _Measured(_wide(8, 4, mix=2), 2.5, 0.5, 0.12, 0.55, 4, 4),
+    _Measured(_wide(8, 5), 2.5, 0.5, 0.15, 0.55, 4, 4),
+    _Measured(_wide(8, 7), 2.5, 0.5, 0.20, 0.54, 4, 4),
+    _Measured(_wide(8, 7, row_warps=2), 2.5, 0.5, 0.20, 0.54, 4, 4),
+    _Measured(_wide(8, 7, row_warps=2, mix=2), 2.5, 0.5, 0.20, 0.54, 4, 2),
+    _Measured(_wide(8, 7, row_warps=4), 2.5, 0.5, 0.20, 0.54, 4, 4),
+    _Measured(DecodeConfig(16, rows=2, x_ahead=False), 2.7, 0.6, 0.40, 0.56, 2, 1),
+    _Measured(DecodeConfig(16, rows=2, row_warps=2, x_ahead=False), 2.7, 0.6, 0.40, 0.56, 2, 1),
+    _Measured(DecodeConfig(16, rows=2, row_warps=4, x_ahead=False), 2.7, 0.6, 0.40, 0.56, 2, 1),
+    _Measured(DecodeConfig(16, rows=3, x_ahead=False), 2.7, 0.6, 0.45, 0.56, 1, 1),
+    _Measured(DecodeConfig(16, rows=2, warps=8, x_ahead=False), 2.7, 0.6, 0.40, 0.56, 2, 1),
+    _Measured(_wide(16, 2), 2.7, 0.6, 0.14, 0.58, 4, 4),
+    _Measured(_wide(16, 3), 2.7, 0.6, 0.18, 0.58, 4, 4),
+    _Measured(_wide(16, 4), 2.7, 0.6, 0.22, 0.58, 4, 2),
+    _Measured(_wide(16, 4, mix=2), 2.7, 0.6, 0.20, 0.58, 2, 2),
+    _Measured(_wide(16, 5), 2.7, 0.6, 0.26, 0.58, 4, 2),
+    _Measured(_wide(16, 7, row_warps=2), 2.7, 0.6, 0.32, 0.58, 2, 1),
+    _Measured(_wide(16, 7, row_warps=2, mix=2), 2.7, 0.6, 0.30, 0.58, 2, 1),
+    _Measured(_wide(16, 7, row_warps=4), 2.7, 0.6, 0.32, 0.58, 2, 1),
 )
 _OF_CONFIG = {measured.config: measured for measured in _MEASURED}
 CONFIGS = tuple(_OF_CONFIG)
@@ -115,14 +155,11 @@ def candidates(
     m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
 ) -> Iterator[tuple[float, DecodeConfig]]:
     """Every valid configuration for a shape, with its estimated microseconds."""
-    blocks = -(-k // 128)
-    row_blocks = n // ROW_BLOCK
+    units = n / ROW_BLOCK / multiprocessors * -(-k // 128) / 16
     for config, start, one_pass, step, unit, _, _ in _MEASURED:
         if why_invalid(config, m, form, shared_memory) or (config.block_m == 16 and m <= 8):
             continue
-        passes = -(-row_blocks // (config.programs(n, multiprocessors) * config.rows))
-        steps = passes * -(-blocks // config.warps)
-        units = row_blocks / multiprocessors * blocks / 16
+        passes, steps = config.steps(n, k, multiprocessors)
         tokens = m - 1 if config.block_m == 8 else 0
         estimate = start + one_pass * passes + step * steps + unit * units
         yield estimate * (1 + _A_TOKEN * tokens), config
