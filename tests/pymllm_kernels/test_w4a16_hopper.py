@@ -110,3 +110,19 @@ def test_scales_of_another_dtype_stay_on_partial_sums() -> None:
 def test_no_shared_memory() -> None:
     with pytest.raises(ValueError, match="1024 bytes of shared memory"):
         choose_config(1, 4096, 4096, HopperForm(), 132, 1024)
+
+
+def test_three_consumers_fill_the_gpu_where_two_and_four_do_not() -> None:
+    config = choose_config(512, 6144, 4096, HopperForm(), 132, SHARED)
+    assert isinstance(config, HopperConfig) and (config.block_m, config.block_n) == (128, 192)
+    grid = plan(config, 512, 6144, 4096, HopperForm(), 132)
+    assert grid is not None and grid.programs == 128
+
+
+def test_what_registers_do_not_hold() -> None:
+    # 256 tokens are 128 accumulators a thread; three consumers have 160 registers each.
+    config = HopperConfig(block_m=256, consumers=3, slots=2, scale_weights=True)
+    assert "176 registers of 160" in (why_invalid(config, HopperForm(), SHARED) or "")
+    sums = HopperConfig(block_m=64, consumers=4, slots=6)
+    assert why_invalid(sums, HopperForm(), SHARED) is None
+    assert "registers" in (why_invalid(sums, HopperForm(runs=2), SHARED) or "")

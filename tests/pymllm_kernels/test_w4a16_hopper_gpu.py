@@ -66,6 +66,7 @@ def run(
         (32, True, FP16, 1408),
         (-1, False, BF16, 1408),
         (256, True, BF16, 1536),
+        (32, False, BF16, 1536),
         (64, True, BF16, 2112),
         (16, False, BF16, 2112),
     ],
@@ -81,6 +82,7 @@ def test_every_configuration(group_size: int, symmetric: bool, dtype: torch.dtyp
     rounded = F.linear(x, layer.rounded, bias)
     tried = configurations(m, n, k, weight, group_size)
     assert {c.block_m for c in tried} == {8, 16, 32, 64, 128, 256}
+    assert {c.consumers for c in tried} == {2, 3, 4}
     for config in tried:
         out = run(x, weight, bias, group_size, config)
         assert_as_accurate_as_torch(out, exact, rounded)
@@ -169,14 +171,22 @@ def test_graph(m: int) -> None:
         assert torch.equal(out, kernel.apply(layer.problem, x, weight, None))
 
 
-@pytest.mark.parametrize(("m", "share"), [(16, 4), (64, 4), (128, 4), (256, 1), (1024, 1), (40, 0)])
-def test_ten_thousand_launches_give_the_same_bits(m: int, share: int) -> None:
+@pytest.mark.parametrize(
+    ("m", "share", "consumers"),
+    [
+        (16, 4, 2), (64, 4, 2), (128, 4, 2), (256, 1, 2), (1024, 1, 2), (40, 0, 2),
+        (16, 4, 3), (64, 4, 3), (128, 4, 3), (256, 2, 3), (512, 1, 3), (40, 0, 3),
+    ],
+)  # fmt: skip
+def test_ten_thousand_launches_give_the_same_bits(m: int, share: int, consumers: int) -> None:
     """A wgmma register race, or a wrong count of sharers, would show from run to run."""
     layer = make_w4a16(4096, 4096, 128, device="cuda")
     weight = prepared(layer)
     x = torch.randn(m, 4096, device="cuda").to(BF16)
-    found = [c for c in configurations(m, 4096, 4096, weight, 128) if c.share == share]
-    config = next(c for c in found if c.block_m >= min(m, 256))
+    most = 128 if consumers == 3 else 256
+    found = configurations(m, 4096, 4096, weight, 128)
+    found = [c for c in found if c.share == share and c.consumers == consumers]
+    config = next(c for c in found if c.block_m >= min(m, most))
     first = run(x, weight, None, 128, config)
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     out = torch.empty_like(first)

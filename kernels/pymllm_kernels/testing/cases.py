@@ -113,9 +113,10 @@ def w4a16_hopper_cases() -> Iterator[Specialization]:
             yield w4a16_hopper_case(plain, config, bias=config.share == 1)
     for variant in others:
         form = HopperForm(variant.block_k, max(1, variant.block_k // variant.group_size), 3)
-        tiles = {c.block_m: c for _, c in candidates(1, 128, 4096, form, 132, 227 * 1024)}
-        for block_m in (16, 128):
-            yield w4a16_hopper_case(variant, tiles[block_m])
+        found = [c for _, c in candidates(1, 128, 4096, form, 132, 227 * 1024)]
+        tiles = {(c.block_m, c.consumers): c for c in found}
+        for tile in ((16, 4), (16, 3), (64, 3), (128, 2), (128, 3)):
+            yield w4a16_hopper_case(variant, tiles[tile])
 
 
 def w4a16_decode_cases() -> Iterator[Specialization]:

@@ -19,8 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from pymllm_kernels.common.gluon_hopper import (
@@ -33,8 +31,8 @@ from pymllm_kernels.common.gluon_hopper import (
 from pymllm_kernels.common.shared_tile import leave_part, meet, take_leave
 from pymllm_kernels.common.stream_k import count_segments, segment, sharers
 from pymllm_kernels.common.triton_helpers import grouped_tile
+from pymllm_kernels.w4a16.hopper_block import add_block, add_scaled_weights, add_two_blocks
 from pymllm_kernels.w4a16.hopper_shared_tile import finish_tile
-from pymllm_kernels.w4a16.kernel import or_magic_int4
 
 
 @gluon.jit
@@ -42,7 +40,7 @@ def _producer(
     sources, shared, N, groups, tiles_m, tiles_n, whole, steps,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SLICE_K: gl.constexpr,
     GROUP_SIZE: gl.constexpr, RUNS: gl.constexpr, BYTES: gl.constexpr,
-    SLOTS: gl.constexpr, SPAN: gl.constexpr, GROUP_M: gl.constexpr,
+    SLOTS: gl.constexpr, SPAN: gl.constexpr, GROUP_M: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_K: gl.constexpr = 4 * SLICE_K
     x_desc, weight_desc, scale_desc, zero_desc = sources
@@ -62,7 +60,9 @@ def _producer(
                 block = step * SPAN + s
                 place = slot * SPAN + s
                 row = block * N + tile_n * BLOCK_N
-                tma_load(weight_desc, [row, 0], ready, weight_smem.index(place))
+                for b in gl.static_range(BOXES):
+                    box = weight_smem.index(place * BOXES + b)
+                    tma_load(weight_desc, [row + b * (BLOCK_N // BOXES), 0], ready, box)
                 for j in gl.static_range(2):
                     # Two slices a box: rows of 64 bytes load up to a third slower than of 128.
                     at = [tile_m * BLOCK_M, block * BLOCK_K + j * 2 * SLICE_K]
@@ -75,125 +75,6 @@ def _producer(
                     if zero_desc is not None:
                         tma_load(zero_desc, [at_n], ready, zero_smem.index(place * RUNS + r))
             slot, phase = next_slot(slot, phase, SLOTS)
-
-
-@gluon.jit
-def _weights(
-    shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
-    MMA: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
-):  # fmt: skip
-    """The 4 slices of this consumer's rows in registers: integers, or scaled and rounded."""
-    x_smem, weight_smem, scale_smem, zero_smem, _, _, _ = shared
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
-    OF_ROWS: gl.constexpr = gl.SliceLayout(1, A)
-    HALF: gl.constexpr = x_smem.dtype
-    OFFSET: gl.constexpr = 128.0 if HALF == gl.bfloat16 else 1024.0
-    codes = or_magic_int4(weight_smem.index(place).slice(CONSUMER * ROWS, ROWS).load(A), HALF)
-    weights = ()
-    for j in gl.static_range(4):
-        run = place * RUNS + j * RUNS // 4
-        if zero_smem is None:
-            w = codes[j] - (OFFSET + 8.0)
-        else:
-            zero = zero_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(OF_ROWS)
-            w = codes[j] - gl.expand_dims((zero.to(gl.float32) + OFFSET).to(HALF), 1)
-        if SCALE_WEIGHTS:
-            scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(OF_ROWS)
-            w = w * gl.expand_dims(scale.to(HALF), 1)
-        weights += (w,)
-    return weights
-
-
-@gluon.jit
-def _scale(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr):
-    _, _, scale_smem, _, _, _, _ = shared
-    scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, MMA))
-    return gl.expand_dims(scale.to(gl.float32), 1)
-
-
-@gluon.jit
-def _x(shared, place, J: gl.constexpr):
-    """Slice J of a block of activations, ``[SLICE_K, BLOCK_M]``."""
-    x_smem, _, _, _, _, _, _ = shared
-    SLICE_K: gl.constexpr = x_smem.shape[2] // 2
-    return x_smem.index(place * 2 + J // 2).slice(J % 2 * SLICE_K, SLICE_K, 1).permute((1, 0))
-
-
-@gluon.jit
-def _add_scaled_weights(
-    acc, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
-    MMA: gl.constexpr,
-):  # fmt: skip
-    """``acc`` plus one block of K, with weights scaled and rounded to 16 bits."""
-    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, True)
-    acc = warpgroup_mma(a, _x(shared, place, 0), acc, is_async=True)
-    acc = warpgroup_mma(b, _x(shared, place, 1), acc, is_async=True)
-    acc = warpgroup_mma(c, _x(shared, place, 2), acc, is_async=True)
-    acc = warpgroup_mma(d, _x(shared, place, 3), acc, is_async=True)
-    # The wait names the weights: their registers must stay as they are while wgmma reads them.
-    acc, a, b, c, d = warpgroup_mma_wait(0, deps=[acc, a, b, c, d])
-    return acc
-
-
-@gluon.jit
-def _add_block(
-    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
-    MMA: gl.constexpr,
-):  # fmt: skip
-    """``acc`` plus one block of K, each group's partial sum times its scale."""
-    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, False)
-    s0 = _scale(shared, place * RUNS, CONSUMER, ROWS, MMA)
-    p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
-    if RUNS == 1:
-        p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
-        p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
-        p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
-        p, a, b, c, d = warpgroup_mma_wait(0, deps=[p, a, b, c, d])
-        acc += p * s0
-    elif RUNS == 2:
-        s1 = _scale(shared, place * 2 + 1, CONSUMER, ROWS, MMA)
-        p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
-        q = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
-        q = warpgroup_mma(d, _x(shared, place, 3), q, is_async=True)
-        p, q, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d])
-        acc += p * s0
-        acc += q * s1
-    else:
-        s1 = _scale(shared, place * 4 + 1, CONSUMER, ROWS, MMA)
-        s2 = _scale(shared, place * 4 + 2, CONSUMER, ROWS, MMA)
-        s3 = _scale(shared, place * 4 + 3, CONSUMER, ROWS, MMA)
-        q = warpgroup_mma(b, _x(shared, place, 1), zeros, use_acc=False, is_async=True)
-        r = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
-        t = warpgroup_mma(d, _x(shared, place, 3), zeros, use_acc=False, is_async=True)
-        p, q, r, t, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, r, t, a, b, c, d])
-        acc += p * s0
-        acc += q * s1
-        acc += r * s2
-        acc += t * s3
-    return acc
-
-
-@gluon.jit
-def _add_two_blocks(
-    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr
-):
-    """``acc`` plus two blocks of K, one group each: the second is unpacked while the first runs."""
-    s0 = _scale(shared, place, CONSUMER, ROWS, MMA)
-    s1 = _scale(shared, place + 1, CONSUMER, ROWS, MMA)
-    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, 1, MMA, False)
-    p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
-    p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
-    p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
-    p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
-    e, f, g, h = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, False)
-    q = warpgroup_mma(e, _x(shared, place + 1, 0), zeros, use_acc=False, is_async=True)
-    q = warpgroup_mma(f, _x(shared, place + 1, 1), q, is_async=True)
-    q = warpgroup_mma(g, _x(shared, place + 1, 2), q, is_async=True)
-    q = warpgroup_mma(h, _x(shared, place + 1, 3), q, is_async=True)
-    p, q, a, b, c, d, e, f, g, h = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d, e, f, g, h])
-    acc += p * s0
-    acc += q * s1
-    return acc
 
 
 @gluon.jit
@@ -230,12 +111,13 @@ def _store_tile(
 
 @gluon.jit
 def _consumer(
-    shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
+    shared, work,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr,
     RUNS: gl.constexpr, SCALE_WEIGHTS: gl.constexpr, SLOTS: gl.constexpr, SPAN: gl.constexpr,
     GROUP_M: gl.constexpr, OUT_PARTS: gl.constexpr, SHARE: gl.constexpr, MEET: gl.constexpr,
 ):  # fmt: skip
     _, _, _, _, full, empty, out_smem = shared
+    problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps = work
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -251,11 +133,11 @@ def _consumer(
         for _step in range(first, last):
             mbarrier.wait(full.index(slot), phase)
             if SCALE_WEIGHTS:
-                acc = _add_scaled_weights(acc, shared, slot, CONSUMER, ROWS, RUNS, MMA)
+                acc = add_scaled_weights(acc, shared, slot, CONSUMER, ROWS, RUNS, MMA)
             elif SPAN == 2:
-                acc = _add_two_blocks(acc, zeros, shared, slot * 2, CONSUMER, ROWS, MMA)
+                acc = add_two_blocks(acc, zeros, shared, slot * 2, CONSUMER, ROWS, MMA)
             else:
-                acc = _add_block(acc, zeros, shared, slot, CONSUMER, ROWS, RUNS, MMA)
+                acc = add_block(acc, zeros, shared, slot, CONSUMER, ROWS, RUNS, MMA)
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = next_slot(slot, phase, SLOTS)
         if SHARE and last - first < steps:
@@ -296,8 +178,8 @@ def _consumer(
 @gluon.jit(do_not_specialize=["M", "N", "groups", "tiles_m", "tiles_n", "whole", "steps"])
 def w4a16_gemm_hopper(
     x_desc,  # [M, K], boxes [BLOCK_M, 2 * SLICE_K]
-    weight_desc,  # int16 [blocks * N, SLICE_K], boxes [BLOCK_N, SLICE_K]
-    scale_desc,  # [groups * N], boxes [BLOCK_N]
+    weight_desc,  # int16 [blocks * N, SLICE_K], boxes [BLOCK_N / BOXES, SLICE_K]
+    scale_desc,  # [groups * N], boxes [SCALES_N]
     zero_desc,  # int8 [groups * N] or None
     out_desc,  # [M, N], boxes [BLOCK_M / OUT_PARTS, ROWS], or None
     out_ptr,  # [M, N]
@@ -320,24 +202,25 @@ def w4a16_gemm_hopper(
     REGISTERS: gl.constexpr,  # of a consumer's thread
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = CONSUMERS * ROWS
+    # Shapes in shared memory are powers of two: three consumers have a box of weights each, and
+    # their scales come with those of the next 64 features.
+    BOXES: gl.constexpr = 3 if CONSUMERS == 3 else 1
+    SCALES_N: gl.constexpr = 4 * ROWS if CONSUMERS == 3 else BLOCK_N
     x_smem = gl.allocate_shared_memory(
         HALF, [SLOTS * SPAN * 2, BLOCK_M, 2 * SLICE_K], x_desc.layout
     )
     weight_smem = gl.allocate_shared_memory(
-        weight_desc.dtype, [SLOTS * SPAN, BLOCK_N, SLICE_K], weight_desc.layout
+        weight_desc.dtype, [SLOTS * SPAN * BOXES, BLOCK_N // BOXES, SLICE_K], weight_desc.layout
     )
     scale_smem = gl.allocate_shared_memory(
-        scale_desc.dtype, [SLOTS * SPAN * RUNS, BLOCK_N], scale_desc.layout
+        scale_desc.dtype, [SLOTS * SPAN * RUNS, SCALES_N], scale_desc.layout
     )
-    SCALE_BYTES: gl.constexpr = scale_desc.dtype.primitive_bitwidth // 8
     if zero_desc is not None:
         zero_smem = gl.allocate_shared_memory(
-            gl.int8, [SLOTS * SPAN * RUNS, BLOCK_N], zero_desc.layout
+            gl.int8, [SLOTS * SPAN * RUNS, SCALES_N], zero_desc.layout
         )
-        ROW_BYTES: gl.constexpr = 2 * SLICE_K + RUNS * (SCALE_BYTES + 1)
     else:
         zero_smem: gl.constexpr = None
-        ROW_BYTES: gl.constexpr = 2 * SLICE_K + RUNS * SCALE_BYTES
     if OUT_PARTS > 0:
         out_smem = gl.allocate_shared_memory(
             HALF, [CONSUMERS * 2, BLOCK_M // OUT_PARTS, ROWS], out_desc.layout
@@ -350,51 +233,46 @@ def w4a16_gemm_hopper(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    BYTES: gl.constexpr = SPAN * (BLOCK_N * ROW_BYTES + 8 * BLOCK_M * SLICE_K)
+    PARAMETER_BYTES: gl.constexpr = scale_desc.dtype.primitive_bitwidth // 8 + (
+        0 if zero_desc is None else 1
+    )
+    BYTES: gl.constexpr = SPAN * (
+        2 * BLOCK_N * SLICE_K + SCALES_N * RUNS * PARAMETER_BYTES + 8 * BLOCK_M * SLICE_K
+    )
     sources = (x_desc, weight_desc, scale_desc, zero_desc)
     shared = (x_smem, weight_smem, scale_smem, zero_smem, full, empty, out_smem)
     problem = (out_ptr, bias_ptr, stride_om, M, N)
+    work = (problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consumer, (
-                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
-                0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
-                SHARE, MEET,
-            )),
-            (_consumer, (
-                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
-                1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
-                SHARE, MEET,
-            )),
-            (_producer, (
-                sources, shared, N, groups, tiles_m, tiles_n, whole, steps,
-                BLOCK_M, BLOCK_N, SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M,
-            )),
+            (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+            (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+            (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
+                         SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    elif CONSUMERS == 3:
+        gl.warp_specialize([
+            (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+            (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+            (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+            (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
+                         SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (
-                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
-                0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
-                SHARE, MEET,
-            )),
-            (_consumer, (
-                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
-                1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
-                SHARE, MEET,
-            )),
-            (_consumer, (
-                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
-                2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
-                SHARE, MEET,
-            )),
-            (_consumer, (
-                shared, problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps,
-                3, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS, SLOTS, SPAN, GROUP_M, OUT_PARTS,
-                SHARE, MEET,
-            )),
-            (_producer, (
-                sources, shared, N, groups, tiles_m, tiles_n, whole, steps,
-                BLOCK_M, BLOCK_N, SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M,
-            )),
+            (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+            (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+            (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+            (_consumer, (shared, work, 3, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+            (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
+                         SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

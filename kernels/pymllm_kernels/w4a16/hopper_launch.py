@@ -21,14 +21,17 @@ from pymllm_kernels.w4a16 import hopper_decode_launch
 from pymllm_kernels.w4a16.hopper import w4a16_gemm_hopper
 from pymllm_kernels.w4a16.hopper_decode_launch import PreparedDecode
 from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig
-from pymllm_kernels.w4a16.hopper_tuning import HopperConfig, HopperForm, plan
+from pymllm_kernels.w4a16.hopper_tuning import (
+    CONSUMER_REGISTERS,
+    HopperConfig,
+    HopperForm,
+    plan,
+)
 from pymllm_kernels.w4a16.tunable import HOPPER, hopper_key
 
 _ONE_GROUP = 2**30
-# Registers of a thread by the number of consumers: of the whole block at launch, and of a consumer
-# once the producer has given up its own. 65,536 over 12 or 20 warps, 4 of them the producer's.
-_LAUNCH_REGISTERS = {2: 168, 4: 96}
-_CONSUMER_REGISTERS = {2: 240, 4: 112}
+# Registers of a thread at launch, by the number of consumers: 65,536 over 12, 16 or 20 warps.
+_LAUNCH_REGISTERS = {2: 168, 3: 128, 4: 96}
 # One a layer shape and number of tokens; a server that meets more starts anew.
 _MOST_PREPARED = 65536
 
@@ -93,7 +96,7 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
     shared = config.share != 1
     pointer = pointer_type(layer.act)
     optional = {
-        "zero_desc": _row_type(torch.int8, config.block_n) if layer.zero else None,
+        "zero_desc": _row_type(torch.int8, config.scales_n) if layer.zero else None,
         "out_desc": (
             _tile_type(layer.act, config.block_m // config.out_parts, config.rows)
             if config.out_parts
@@ -106,8 +109,8 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
     sizes = ("M", "N", "groups", "tiles_m", "tiles_n", "whole", "steps", "stride_om")
     signature = {
         "x_desc": _tile_type(layer.act, config.block_m, 2 * slice_k),
-        "weight_desc": _tile_type(torch.int16, config.block_n, slice_k),
-        "scale_desc": _row_type(layer.scale, config.block_n),
+        "weight_desc": _tile_type(torch.int16, config.weight_box_n, slice_k),
+        "scale_desc": _row_type(layer.scale, config.scales_n),
         "out_ptr": pointer,
         **{name: kind for name, kind in optional.items() if kind is not None},
         **dict.fromkeys(sizes, "i32"),
@@ -127,7 +130,7 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         "OUT_PARTS": config.out_parts,
         "SHARE": shared,
         "MEET": shared and config.meet,
-        "REGISTERS": _CONSUMER_REGISTERS[config.consumers],
+        "REGISTERS": CONSUMER_REGISTERS[config.consumers],
     }
     return Specialization(
         f"w4a16-hopper-{config.block_m}x{config.block_n}{'-shared' * shared}",

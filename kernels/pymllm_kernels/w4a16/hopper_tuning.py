@@ -14,6 +14,10 @@ from pymllm_kernels.common.sharing import STREAM_K, share_tiles
 from pymllm_kernels.w4a16 import hopper_decode_tuning
 from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig
 
+# Of a consumer's thread, by their number, once the producer has given up its own: 65,536 over 12, 16
+# or 20 warps, 4 of them the producer's.
+CONSUMER_REGISTERS = {2: 240, 3: 160, 4: 112}
+
 
 @dataclass(frozen=True)
 class HopperConfig:
@@ -21,7 +25,7 @@ class HopperConfig:
 
     Attributes:
         block_m: tokens of a tile.
-        consumers: warpgroups of 64 output features each, 2 or 4.
+        consumers: warpgroups of 64 output features each, 2, 3 or 4.
         slots: places in the ring of shared memory.
         span: blocks of K a slot, 1 or 2.
         scale_weights: whether the scale is on the weights, rounded to 16 bits, or on partial sums.
@@ -49,6 +53,16 @@ class HopperConfig:
     def block_n(self) -> int:
         """Output features of a tile."""
         return self.consumers * self.rows
+
+    @property
+    def weight_box_n(self) -> int:
+        """Rows of weights copied at once: boxes have powers of two."""
+        return self.rows if self.consumers == 3 else self.block_n
+
+    @property
+    def scales_n(self) -> int:
+        """Scales copied at once, those of three consumers with the next 64 features'."""
+        return 4 * self.rows if self.consumers == 3 else self.block_n
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,10 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
         _Cost((5.0, 0.445), (8.0, 0.538), (8.5, 0.630)),
     ),
     (
+        HopperConfig(block_m=8, consumers=3, slots=5, span=2),
+        _Cost((4.1, 0.369), (6.7, 0.426), (7.5, 0.488)),
+    ),
+    (
         HopperConfig(block_m=16, consumers=2, slots=4, span=2),
         _Cost((3.4, 0.310), (5.8, 0.324), (6.7, 0.350)),
     ),
@@ -118,12 +136,20 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
         _Cost((5.6, 0.486), (8.9, 0.548), (9.5, 0.660)),
     ),
     (
+        HopperConfig(block_m=16, consumers=3, slots=5, span=2),
+        _Cost((4.5, 0.398), (7.4, 0.436), (8.1, 0.505)),
+    ),
+    (
         HopperConfig(block_m=32, consumers=2, slots=4, span=2),
         _Cost((3.3, 0.367), (6.4, 0.372), (7.4, 0.405)),
     ),
     (
         HopperConfig(block_m=32, consumers=4, slots=8),
         _Cost((6.0, 0.595), (9.8, 0.665), (11.4, 0.810)),
+    ),
+    (
+        HopperConfig(block_m=32, consumers=3, slots=4, span=2),
+        _Cost((4.6, 0.481), (8.1, 0.519), (9.4, 0.608)),
     ),
     (
         HopperConfig(block_m=64, consumers=2, slots=4, span=2, meet=True),
@@ -138,8 +164,20 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
         _Cost((5.5, 0.830), (10.4, 0.806), (11.5, 0.950)),
     ),
     (
+        HopperConfig(block_m=64, consumers=3, slots=7, meet=True),
+        _Cost((4.8, 0.658), (9.4, 0.628), (10.2, 0.748)),
+    ),
+    (
+        HopperConfig(block_m=64, consumers=3, slots=7, scale_weights=True, meet=True),
+        _Cost((4.7, 0.695), (8.6, 0.665), (9.7, 0.810)),
+    ),
+    (
         HopperConfig(block_m=128, consumers=2, slots=4, scale_weights=True, meet=True, out_parts=2),
         _Cost((3.3, 0.670), (9.8, 0.625), (11.8, 0.740)),
+    ),
+    (
+        HopperConfig(block_m=128, consumers=3, slots=4, scale_weights=True, meet=True, out_parts=4),
+        _Cost((3.3, 1.035), (10.3, 0.966), (12.3, 1.143)),
     ),
     (
         HopperConfig(
@@ -159,7 +197,8 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
 def shared_memory_bytes(config: HopperConfig, form: HopperForm) -> int:
     """Shared memory of the ring, its barriers and the store buffers."""
     block = (
-        config.block_n * (form.block_k // 2 + form.runs * form.parameter_bytes)
+        config.block_n * form.block_k // 2
+        + config.scales_n * form.runs * form.parameter_bytes
         + config.block_m * form.block_k * 2
     )
     out = 2 * config.block_n * config.block_m * 2 // config.out_parts if config.out_parts else 0
@@ -172,10 +211,25 @@ def why_invalid(config: HopperConfig, form: HopperForm, shared_memory: int) -> s
         return f"{config} takes one group a block, found {form.runs}"
     if config.scale_weights and not form.same_dtype:
         return f"{config} takes scales in the activations' dtype"
+    registers = _registers(config, form)
+    if registers > CONSUMER_REGISTERS[config.consumers]:
+        return (
+            f"{config} needs {registers} registers of {CONSUMER_REGISTERS[config.consumers]} with "
+            f"{form.runs} groups a block"
+        )
     needed = shared_memory_bytes(config, form)
     if needed > shared_memory:
         return f"{config} needs {needed} bytes of shared memory, there are {shared_memory}"
     return None
+
+
+def _registers(config: HopperConfig, form: HopperForm) -> int:
+    """Of a consumer's thread: accumulators, unpacked weights, and 16 for the rest.
+
+    Forms above their share were seen to spill or to have each wgmma waited for (C7511, C7512).
+    """
+    sums = 1 if config.scale_weights else 1 + max(form.runs, config.span)
+    return sums * config.block_m // 2 + config.span * form.block_k // 4 + 16
 
 
 def plan(
@@ -233,7 +287,7 @@ def _fit_ring(config: HopperConfig, form: HopperForm, shared_memory: int) -> Hop
     if form.runs > 1 and config.span == 2:
         config = replace(config, span=1, slots=2 * config.slots)
     while why_invalid(config, form, shared_memory):
-        if config.slots == 2 or (config.scale_weights and not form.same_dtype):
+        if config.slots == 2:
             return None
         config = replace(config, slots=config.slots - 1)
     return config

@@ -1,0 +1,132 @@
+"""What a consumer of the Hopper kernel does with a block of K: unpack weights, multiply, scale."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from pymllm_kernels.w4a16.kernel import or_magic_int4
+
+
+@gluon.jit
+def _weights(
+    shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    MMA: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """The 4 slices of this consumer's rows in registers: integers, or scaled and rounded."""
+    x_smem, weight_smem, scale_smem, zero_smem, _, _, _ = shared
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, A)
+    HALF: gl.constexpr = x_smem.dtype
+    OFFSET: gl.constexpr = 128.0 if HALF == gl.bfloat16 else 1024.0
+    # One box of weights a place, or one a consumer.
+    BOXES: gl.constexpr = 2 * weight_smem.shape[0] // x_smem.shape[0]
+    BOX_ROWS: gl.constexpr = weight_smem.shape[1]
+    box = weight_smem.index(place * BOXES + CONSUMER * ROWS // BOX_ROWS)
+    codes = or_magic_int4(box.slice(CONSUMER * ROWS % BOX_ROWS, ROWS).load(A), HALF)
+    weights = ()
+    for j in gl.static_range(4):
+        run = place * RUNS + j * RUNS // 4
+        if zero_smem is None:
+            w = codes[j] - (OFFSET + 8.0)
+        else:
+            zero = zero_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(OF_ROWS)
+            w = codes[j] - gl.expand_dims((zero.to(gl.float32) + OFFSET).to(HALF), 1)
+        if SCALE_WEIGHTS:
+            scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(OF_ROWS)
+            w = w * gl.expand_dims(scale.to(HALF), 1)
+        weights += (w,)
+    return weights
+
+
+@gluon.jit
+def _scale(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr):
+    _, _, scale_smem, _, _, _, _ = shared
+    scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, MMA))
+    return gl.expand_dims(scale.to(gl.float32), 1)
+
+
+@gluon.jit
+def _x(shared, place, J: gl.constexpr):
+    """Slice J of a block of activations, ``[SLICE_K, BLOCK_M]``."""
+    x_smem, _, _, _, _, _, _ = shared
+    SLICE_K: gl.constexpr = x_smem.shape[2] // 2
+    return x_smem.index(place * 2 + J // 2).slice(J % 2 * SLICE_K, SLICE_K, 1).permute((1, 0))
+
+
+@gluon.jit
+def add_scaled_weights(
+    acc, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    MMA: gl.constexpr,
+):  # fmt: skip
+    """``acc`` plus one block of K, with weights scaled and rounded to 16 bits."""
+    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, True)
+    acc = warpgroup_mma(a, _x(shared, place, 0), acc, is_async=True)
+    acc = warpgroup_mma(b, _x(shared, place, 1), acc, is_async=True)
+    acc = warpgroup_mma(c, _x(shared, place, 2), acc, is_async=True)
+    acc = warpgroup_mma(d, _x(shared, place, 3), acc, is_async=True)
+    # The wait names the weights: their registers must stay as they are while wgmma reads them.
+    acc, a, b, c, d = warpgroup_mma_wait(0, deps=[acc, a, b, c, d])
+    return acc
+
+
+@gluon.jit
+def add_block(
+    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    MMA: gl.constexpr,
+):  # fmt: skip
+    """``acc`` plus one block of K, each group's partial sum times its scale."""
+    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, False)
+    s0 = _scale(shared, place * RUNS, CONSUMER, ROWS, MMA)
+    p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
+    if RUNS == 1:
+        p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
+        p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
+        p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
+        p, a, b, c, d = warpgroup_mma_wait(0, deps=[p, a, b, c, d])
+        acc += p * s0
+    elif RUNS == 2:
+        s1 = _scale(shared, place * 2 + 1, CONSUMER, ROWS, MMA)
+        p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
+        q = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
+        q = warpgroup_mma(d, _x(shared, place, 3), q, is_async=True)
+        p, q, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d])
+        acc += p * s0
+        acc += q * s1
+    else:
+        s1 = _scale(shared, place * 4 + 1, CONSUMER, ROWS, MMA)
+        s2 = _scale(shared, place * 4 + 2, CONSUMER, ROWS, MMA)
+        s3 = _scale(shared, place * 4 + 3, CONSUMER, ROWS, MMA)
+        q = warpgroup_mma(b, _x(shared, place, 1), zeros, use_acc=False, is_async=True)
+        r = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
+        t = warpgroup_mma(d, _x(shared, place, 3), zeros, use_acc=False, is_async=True)
+        p, q, r, t, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, r, t, a, b, c, d])
+        acc += p * s0
+        acc += q * s1
+        acc += r * s2
+        acc += t * s3
+    return acc
+
+
+@gluon.jit
+def add_two_blocks(
+    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr
+):
+    """``acc`` plus two blocks of K, one group each: the second is unpacked while the first runs."""
+    s0 = _scale(shared, place, CONSUMER, ROWS, MMA)
+    s1 = _scale(shared, place + 1, CONSUMER, ROWS, MMA)
+    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, 1, MMA, False)
+    p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
+    p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
+    p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
+    p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
+    e, f, g, h = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, False)
+    q = warpgroup_mma(e, _x(shared, place + 1, 0), zeros, use_acc=False, is_async=True)
+    q = warpgroup_mma(f, _x(shared, place + 1, 1), q, is_async=True)
+    q = warpgroup_mma(g, _x(shared, place + 1, 2), q, is_async=True)
+    q = warpgroup_mma(h, _x(shared, place + 1, 3), q, is_async=True)
+    p, q, a, b, c, d, e, f, g, h = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d, e, f, g, h])
+    acc += p * s0
+    acc += q * s1
+    return acc
