@@ -1,4 +1,4 @@
-"""The choice and the validity of the int8 kernel for one token on Hopper, without a GPU."""
+"""The choice and the validity of the int8 kernel for few tokens on Hopper, without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ SHARED = 227 * 1024
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_configuration_is_what_the_kernel_takes(config: DecodeConfig) -> None:
-    assert config.rows <= config.places < 2 * config.rows
+    assert config.rows * config.tiles <= config.places < 2 * config.rows * config.tiles
+    assert config.block_m in (1, 8, 16) and config.fused == (config.block_m == 1)
     for n in (8, 16, 2112, 4096, 57344):
         programs = config.programs(n, 132)
         # All of them run at once.
@@ -28,23 +29,33 @@ def test_a_configuration_is_what_the_kernel_takes(config: DecodeConfig) -> None:
 
 
 def test_candidates() -> None:
-    for cost, config in candidates(1, 4096, 4096, 132, SHARED):
-        assert cost > 0 and why_invalid(config, 1, SHARED) is None
-    assert len(list(candidates(1, 4096, 4096, 132, SHARED))) == len(CONFIGS)
-    assert not list(candidates(2, 4096, 4096, 132, SHARED))
+    for m, most in ((1, 1), (2, 8), (8, 8), (9, 16), (16, 16)):
+        found = list(candidates(m, 4096, 4096, 132, SHARED))
+        assert found
+        for cost, config in found:
+            assert cost > 0 and why_invalid(config, m, SHARED) is None
+            # Tokens more than needed are never faster.
+            assert config.block_m == most
+    assert not list(candidates(17, 4096, 4096, 132, SHARED))
 
 
 def test_what_cannot_be_run() -> None:
     config = CONFIGS[0]
-    assert "takes 1 token, found 2" in str(why_invalid(config, 2, SHARED))
-    assert "is none of" in str(why_invalid(DecodeConfig(rows=7), 1, SHARED))
+    assert "up to 1 tokens, found 2" in str(why_invalid(config, 2, SHARED))
+    assert "is none of" in str(why_invalid(DecodeConfig(8, rows=7), 1, SHARED))
     assert "bytes of shared memory" in str(why_invalid(config, 1, 1024))
 
 
-def test_small_layers_of_one_token() -> None:
-    assert isinstance(choose_config(1, 4096, 4096, 132, SHARED), DecodeConfig)
-    for m, n, k in ((2, 4096, 4096), (1, 57344, 8192), (1, 28672, 4096)):
-        assert isinstance(choose_config(m, n, k, 132, SHARED), HopperConfig)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 4096, 4096), (1, 1024, 1024), (8, 2048, 2048), (16, 1024, 4096)]
+)
+def test_small_layers(m: int, n: int, k: int) -> None:
+    assert isinstance(choose_config(m, n, k, 132, SHARED), DecodeConfig)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(8, 8192, 8192), (1, 57344, 8192), (1, 28672, 4096)])
+def test_large_layers(m: int, n: int, k: int) -> None:
+    assert isinstance(choose_config(m, n, k, 132, SHARED), HopperConfig)
 
 
 def test_stored_configurations_come_back() -> None:

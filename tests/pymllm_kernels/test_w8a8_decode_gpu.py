@@ -1,4 +1,4 @@
-"""The int8 kernel for one token on a GPU of capability 9.0."""
+"""The int8 kernel for few tokens on a GPU of capability 9.0."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ def test_every_configuration(symmetric: bool, static: bool, dtype: torch.dtype) 
     n, k = 536, 1296
     for bias in (False, True):
         layer = make_int8_layer(n, k, symmetric=symmetric, static=static, bias=bias, dtype=dtype)
-        x = int8_inputs(1, k, dtype)
-        exact = layer.exact(x)
-        for config in CONFIGS:
-            assert torch.equal(run(layer, x, config), exact), config
+        for m in (1, 2, 7, 8, 9, 16):
+            x = int8_inputs(m, k, dtype)
+            exact = layer.exact(x)
+            for config in CONFIGS:
+                if m <= config.block_m:
+                    assert torch.equal(run(layer, x, config), exact), (m, config)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -55,15 +57,17 @@ def test_every_configuration(symmetric: bool, static: bool, dtype: torch.dtype) 
 def test_shares_of_row_blocks(n: int, k: int, config: DecodeConfig) -> None:
     """Half a row block, one, several passes, and programs with one row block more than others."""
     layer = make_int8_layer(n, k)
-    x = int8_inputs(1, k)
-    assert torch.equal(run(layer, x, config), layer.exact(x))
+    for m in {1, config.block_m}:
+        x = int8_inputs(m, k)
+        assert torch.equal(run(layer, x, config), layer.exact(x))
 
 
 def test_rows_of_a_larger_tensor() -> None:
     layer = make_int8_layer(512, 1024)
-    base = int8_inputs(3, 2056)[2:]
+    base = int8_inputs(17, 2056)
     for config in CONFIGS:
-        for x in (base[:, 8:1032], base[:, 1:1025], base[:, 0:2048:2], base[:, 4:1028]):
+        rows = base[17 - config.block_m :]
+        for x in (rows[:, 8:1032], rows[:, 1:1025], rows[:, 0:2048:2], rows[:, 4:1028]):
             assert torch.equal(run(layer, x, config), layer.exact(x)), config
 
 
@@ -88,6 +92,8 @@ def test_extreme_rows(symmetric: bool, dtype: torch.dtype) -> None:
     for config in CONFIGS:
         for row in range(8):
             assert torch.equal(run(layer, x[row : row + 1], config), exact[row : row + 1]), row
+        if config.block_m >= 8:
+            assert torch.equal(run(layer, x, config), exact), config
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -104,7 +110,7 @@ def test_a_row_that_is_not_finite(bad: float, symmetric: bool) -> None:
 def test_ten_thousand_launches_give_the_same_bits(config: DecodeConfig) -> None:
     layer = make_int8_layer(4096, 4096)
     w = layer.weight
-    x = int8_inputs(1, 4096)
+    x = int8_inputs(config.block_m, 4096)
     first = run(layer, x, config)
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     out = torch.empty_like(first)
@@ -119,5 +125,5 @@ def test_ten_thousand_launches_give_the_same_bits(config: DecodeConfig) -> None:
 
 def test_more_tokens_than_a_configuration_takes_are_refused() -> None:
     layer = make_int8_layer(512, 1024)
-    with pytest.raises(ValueError, match="takes 1 token, found 2"):
+    with pytest.raises(ValueError, match="up to 1 tokens, found 2"):
         run(layer, int8_inputs(2, 1024), CONFIGS[0])

@@ -85,7 +85,7 @@ def test_the_choice_is_valid_and_the_same_again() -> None:
             config = choose_config(m, n, k, multiprocessors, SHARED)
             assert config == choose_config(m, n, k, multiprocessors, SHARED)
             if isinstance(config, DecodeConfig):
-                assert m == 1
+                assert m <= config.block_m
                 continue
             assert plan_launch(config, m, n, k, multiprocessors) is not None
             assert config.tokens >= min(m, 64)

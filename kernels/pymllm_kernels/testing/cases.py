@@ -201,7 +201,7 @@ def w8a8_hopper_cases(tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specializat
 
 
 def w8a8_decode_cases() -> Iterator[Specialization]:
-    """The int8 layer for one token on Hopper: every configuration and kind of activation."""
+    """The int8 layer for few tokens on Hopper: every configuration and kind of activation."""
     from pymllm_kernels.w8a8_int8.hopper_decode_launch import specialization
     from pymllm_kernels.w8a8_int8.hopper_decode_tuning import CONFIGS
     from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer

@@ -1,4 +1,4 @@
-"""The int8 layer for one token on Hopper, quantization included, written in Gluon.
+"""The int8 layer for up to 16 tokens on Hopper, written in Gluon.
 
 Work is cut by rows of the weight only, 16 output features at a time: an even share of row blocks for
 every program, so that nothing is shared between programs. The warps of a program split K and add up
@@ -7,15 +7,17 @@ without shared memory: the sum over K may run in any order, so a thread takes 16
 a row, and the same inputs of ``x``, for its part of ``mma.sync``. The next step's weights and inputs
 are fetched while this one's are multiplied.
 
-Every program looks for the extremes of the token while its first weights are on their way, and rounds
-each value again for every pass, rather than wait for another kernel: 7.7 us instead of 8.4 for a
-4096 x 4096 layer on an H200.
+Activations are codes of a kernel before this one, whose start the first weights do not wait for. One
+token may be quantized here instead (``FUSED``): every program looks for its extremes while its first
+weights are on their way, and rounds each value again for every pass. That is 7.7 us instead of 8.3 for
+a 4096 x 4096 layer on an H200, but 9.1 for 4 tokens, so that more are left to the other kernel.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
 
 from pymllm_kernels.common.row_blocks import add_warps, next_step, stack
 from pymllm_kernels.common.stream_k import share_of
@@ -63,61 +65,73 @@ def _load_unit(weight_ptr, block, row_block, g, c, N, K, last):
 
 
 @gluon.jit
-def _load_x(x_ptr, block, g, c, K):
-    """Two halves of 128 inputs a warp, by four in 64 bits: the token is the first of 8."""
-    at = gl.expand_dims(block * 32, 2) + c
+def _load_x(x_ptr, block, g, c, M, K, FUSED: gl.constexpr, TILES: gl.constexpr):
+    """Two halves of 128 inputs a warp for every tile of 8 tokens: codes, or (FUSED) values, by four."""
     xs = ()
-    for h in gl.static_range(2):
-        inside = gl.expand_dims(g == 0, 2) & (
-            gl.expand_dims(block * 8, 2) + (c // 4 + h * 4) < K // 16
-        )
-        xs += (gl.load(x_ptr.to(gl.pointer_type(gl.int64)) + (at + h * 16), mask=inside, other=0),)
+    for n in gl.static_range(TILES):
+        token = gl.expand_dims(g + n * 8, 2)
+        at = token * (K // 4) + (gl.expand_dims(block * 32, 2) + c)
+        if FUSED:
+            row = x_ptr.to(gl.pointer_type(gl.int64)) + at
+        else:
+            row = x_ptr.to(gl.pointer_type(gl.int32)) + at
+        for h in gl.static_range(2):
+            inside = (token < M) & (gl.expand_dims(block * 8, 2) + (c // 4 + h * 4) < K // 16)
+            xs += (gl.load(row + h * 16, mask=inside, other=0),)
     return xs
 
 
 @gluon.jit
 def _finish(
-    acc, zeros, parts, of_rows, s_m, zero, out_ptr, first, last, N, stride_ws: gl.constexpr,
-    PLACES: gl.constexpr, WARPS: gl.constexpr,
+    acc, zeros, parts, of_rows, of_tokens, out_ptr, first, last, M, N,
+    stride_xs: gl.constexpr, stride_ws: gl.constexpr, FUSED: gl.constexpr, PLACES: gl.constexpr,
+    TILES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Adds up the warps' sums of the row blocks from ``first`` on, scales and stores them."""
     w_scale_ptr, column_sum_ptr, bias_ptr = of_rows
+    ZERO: gl.constexpr = column_sum_ptr is not None
     FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
     i = gl.expand_dims(gl.arange(0, PLACES * 128, layout=gl.SliceLayout(0, FLAT)), 0)
-    block = first + i // 128
+    place = i // (128 * TILES)
+    block = first + place
     row = block * 16 + i % 128 // 16 + i % 4 // 2 * 8
-    is_token = i % 16 // 4 * 2 + i % 2 == 0
-    mask = (i // 128 < len(acc)) & (block < last) & (row < N) & is_token
+    token = i // 128 % TILES * 8 + i % 16 // 4 * 2 + i % 2
+    mask = (place < len(acc) // TILES) & (block < last) & (row < N) & (token < M)
     # They arrive beside the sums.
     s_n = gl.load(w_scale_ptr + row * stride_ws, mask=mask, other=0.0)
+    s_m, zero = of_tokens
+    if not FUSED:
+        s_m = gl.load(s_m + token * stride_xs, mask=token < M, other=0.0)
+        if ZERO:
+            zero = gl.load(zero + token * stride_xs, mask=token < M, other=0)
     bias = 0.0
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + row, mask=mask, other=0.0).to(gl.float32)
     column_sum = 0
-    if column_sum_ptr is not None:
+    if ZERO:
         column_sum = gl.load(column_sum_ptr + row, mask=mask, other=0)
     total = add_warps(stack(acc, zeros, PLACES), parts, FLAT, WARPS)
-    out = scale_sum(
-        total, s_m, s_n, zero, column_sum, bias, column_sum_ptr is not None, bias_ptr is not None
-    )
-    gl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=mask)
+    out = scale_sum(total, s_m, s_n, zero, column_sum, bias, ZERO, bias_ptr is not None)
+    gl.store(out_ptr + (token * N + row), out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# Compiled once for all shapes.
-@gluon.jit(do_not_specialize=["N", "K"])
+# Compiled once for all shapes and numbers of tokens.
+@gluon.jit(do_not_specialize=["M", "N", "K"])
 def w8a8_int8_decode_hopper(
-    x_ptr,  # [K], on 16 bytes
+    x_ptr,  # int8 codes [M, K], contiguous, or (FUSED) activations [K] on 16 bytes
     weight_ptr,  # int8 [N, K]
-    x_scale_ptr,  # fp32 [1] of static activations, or None
+    x_scale_ptr,  # fp32 [M] or [1] (stride_xs = 0), or None where it is found here
     w_scale_ptr,  # fp32 [N] or [1] (stride_ws = 0)
-    x_zero_ptr,  # int32 [1] of static activations with a zero point, or None
+    x_zero_ptr,  # int32, as x_scale, or None
     column_sum_ptr,  # int32 [N] of activations with a zero point, or None
     bias_ptr,  # [N] or None
-    out_ptr,  # [N]
-    N, K,
-    stride_ws: gl.constexpr,
+    out_ptr,  # [M, N], contiguous
+    M, N, K,
+    stride_xs: gl.constexpr, stride_ws: gl.constexpr,
+    FUSED: gl.constexpr,  # whether activations are quantized here
     ROWS: gl.constexpr,  # row blocks of 16 features at once
-    PLACES: gl.constexpr,  # the power of two that holds ROWS
+    TILES: gl.constexpr,  # tiles of 8 tokens, 1 or 2
+    PLACES: gl.constexpr,  # the power of two that holds ROWS * TILES
     WARPS: gl.constexpr,
 ):  # fmt: skip
     # Thread (g, t) of a warp: 4 registers of row g, or of token g; of outputs of rows g and g + 8.
@@ -127,9 +141,6 @@ def w8a8_int8_decode_hopper(
     g = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, OF_ROWS)), 0)
     c = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(0, L3)))
     c = gl.expand_dims(gl.expand_dims(c, 0), 0)
-    HALF: gl.constexpr = x_ptr.dtype.element_ty
-    STATIC: gl.constexpr = x_scale_ptr is not None
-    ZERO: gl.constexpr = column_sum_ptr is not None
     first, last = share_of(gl.program_id(0), gl.cdiv(N, 16), gl.num_programs(0))
     steps = gl.cdiv(gl.cdiv(K, 128), WARPS)
     parts = gl.allocate_shared_memory(
@@ -139,37 +150,49 @@ def w8a8_int8_decode_hopper(
     units = ()
     for r in gl.static_range(ROWS):
         units += _load_unit(weight_ptr, warp, first + r, g, c, N, K, last)
-    xs = _load_x(x_ptr, warp, g, c, K)
-    rounding, s_m, zero = quantization(
-        x_ptr, x_scale_ptr, x_zero_ptr, K, zeros, STATIC, ZERO, HALF, WARPS
-    )
+    if FUSED:
+        HALF: gl.constexpr = x_ptr.dtype.element_ty
+        STATIC: gl.constexpr = x_scale_ptr is not None
+        ZERO: gl.constexpr = column_sum_ptr is not None
+        xs = _load_x(x_ptr, warp, g, c, M, K, FUSED, TILES)
+        rounding, s_m, zero = quantization(
+            x_ptr, x_scale_ptr, x_zero_ptr, K, zeros, STATIC, ZERO, HALF, WARPS
+        )
+        of_tokens = (s_m, zero)
+    else:
+        gdc_wait()
+        xs = _load_x(x_ptr, warp, g, c, M, K, FUSED, TILES)
+        of_tokens = (x_scale_ptr, x_zero_ptr)
     # Row block and step that are multiplied, and those that are fetched meanwhile.
     rb = first
     k = 0
     next_rb, next_k = next_step(first, 0, steps, ROWS)
-    acc = (zeros,) * ROWS
+    acc = (zeros,) * (ROWS * TILES)
     for _ in range(gl.cdiv(last - first, ROWS) * steps):
-        codes = ()
-        for h in gl.static_range(2):
-            codes += (quantize_four(xs[h], rounding, HALF, STATIC, ZERO),)
+        codes = xs
+        if FUSED:
+            codes = ()
+            for h in gl.static_range(2):
+                codes += (quantize_four(xs[h], rounding, HALF, STATIC, ZERO),)
         block = next_k * WARPS + warp
-        xs = _load_x(x_ptr, block, g, c, K)
+        xs = _load_x(x_ptr, block, g, c, M, K, FUSED, TILES)
         added = ()
         fetched = ()
         for r in gl.static_range(ROWS):
-            total = acc[r]
-            for h in gl.static_range(2):
-                total = _mma(units[r * 4 + h], units[r * 4 + 2 + h], codes[h], total)
-            added += (total,)
+            for n in gl.static_range(TILES):
+                total = acc[r * TILES + n]
+                for h in gl.static_range(2):
+                    total = _mma(units[r * 4 + h], units[r * 4 + 2 + h], codes[n * 2 + h], total)
+                added += (total,)
             fetched += _load_unit(weight_ptr, block, next_rb + r, g, c, N, K, last)
         acc = added
         units = fetched
         if k == steps - 1:
             _finish(
-                acc, zeros, parts, (w_scale_ptr, column_sum_ptr, bias_ptr), s_m, zero, out_ptr,
-                rb, last, N, stride_ws, PLACES, WARPS,
+                acc, zeros, parts, (w_scale_ptr, column_sum_ptr, bias_ptr), of_tokens, out_ptr,
+                rb, last, M, N, stride_xs, stride_ws, FUSED, PLACES, TILES, WARPS,
             )  # fmt: skip
-            acc = (zeros,) * ROWS
+            acc = (zeros,) * (ROWS * TILES)
         rb = next_rb
         k = next_k
         next_rb, next_k = next_step(next_rb, next_k, steps, ROWS)

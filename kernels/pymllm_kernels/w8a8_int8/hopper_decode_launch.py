@@ -1,4 +1,4 @@
-"""Launches the int8 layer for one token on Hopper."""
+"""Launches the int8 layer for few tokens on Hopper."""
 
 from __future__ import annotations
 
@@ -11,36 +11,41 @@ from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.launcher import LoadedKernel, load
 from pymllm_kernels.common.specialization import Specialization, pointer_type
 from pymllm_kernels.device import device_facts
+from pymllm_kernels.w8a8_int8.hopper_codes import Quantization, quantization_form
 from pymllm_kernels.w8a8_int8.hopper_decode import w8a8_int8_decode_hopper
 from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig, why_invalid
 from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
 
 
 def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
-    """The compiled form that runs a layer with a configuration; equal for all N and K."""
+    """The compiled form that runs a layer with a configuration; equal for many N, K and M."""
+    given = layer.static or not config.fused
     optional = {
-        "x_scale_ptr": "*fp32" if layer.static else None,
-        "x_zero_ptr": "*i32" if layer.zero and layer.static else None,
+        "x_scale_ptr": "*fp32" if given else None,
+        "x_zero_ptr": "*i32" if layer.zero and given else None,
         "column_sum_ptr": "*i32" if layer.zero else None,
         "bias_ptr": None if layer.bias is None else pointer_type(layer.bias),
     }
     signature = {
-        "x_ptr": pointer_type(layer.act),
+        "x_ptr": pointer_type(layer.act) if config.fused else "*i8",
         "weight_ptr": "*i8",
         "w_scale_ptr": "*fp32",
         "out_ptr": pointer_type(layer.act),
         **{name: kind for name, kind in optional.items() if kind is not None},
-        **dict.fromkeys(("N", "K"), "i32"),
+        **dict.fromkeys(("M", "N", "K"), "i32"),
     }
     constants = {
+        "stride_xs": int(not layer.static),
         "stride_ws": int(layer.channel),
+        "FUSED": config.fused,
         "ROWS": config.rows,
+        "TILES": config.tiles,
         "PLACES": config.places,
         "WARPS": config.warps,
     }
     odd = "-static" * layer.static + "-zero" * layer.zero + "-bias" * (layer.bias is not None)
     return Specialization(
-        f"w8a8_int8-decode-{config.rows}{odd}",
+        f"w8a8_int8-decode-{config.block_m}x{config.rows}{odd}",
         w8a8_int8_decode_hopper,
         signature,
         {**constants, **{name: None for name, kind in optional.items() if kind is None}},
@@ -49,27 +54,33 @@ def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
         divisible_by_16=("x_ptr", "weight_ptr", "out_ptr", "K"),
         # A multiprocessor's registers over 16 warps. As in the quantization kernel, a fused
         # multiply-add would move codes.
-        options={"maxnreg": 128, "enable_fp_fusion": False},
+        options={"maxnreg": 128, "enable_fp_fusion": False, "launch_pdl": not config.fused},
     )
 
 
 class PreparedDecode:
-    """A launch for one shape of a layer, but for the addresses."""
+    """The launches for one shape of a layer and number of tokens, but for the addresses."""
 
-    def __init__(self, layer: HopperLayer, device: torch.device, config: DecodeConfig) -> None:
+    def __init__(
+        self, layer: HopperLayer, m: int, strides: tuple[int, int], x: torch.Tensor,
+        config: DecodeConfig,
+    ) -> None:  # fmt: skip
         """See ``hopper_launch.launch_linear``.
 
         Raises:
-            ValueError: the configuration cannot be launched.
+            ValueError: the configuration does not take the tokens.
         """
-        facts = device_facts(device)
-        reason = why_invalid(config, 1, facts.shared_memory)
+        facts = device_facts(x.device)
+        reason = why_invalid(config, m, facts.shared_memory)
         if reason is not None:
             raise ValueError(f"config: {reason}")
-        self._kernel = _kernel(layer.compiled, config, device)
+        self._quantize = None
+        if not config.fused:
+            self._quantize = Quantization(layer, m, strides, x, early=True)
+        self._kernel = _kernel(layer.compiled, config, x.device)
         self._programs = config.programs(layer.n, facts.multiprocessors)
-        self._sizes = (layer.n, layer.k)
-        self._index = device.index
+        self._sizes = (m, layer.n, layer.k)
+        self._index = x.device.index
         self._zero = layer.zero
 
     def __call__(
@@ -78,19 +89,36 @@ class PreparedDecode:
         input_zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
     ) -> None:  # fmt: skip
         """Launches on the current device and stream."""
-        if x.data_ptr() % 16 or x.stride(1) != 1:
-            # Loads of 16 bytes.
-            x = x.clone(memory_format=torch.contiguous_format)
-        sums = w_column_sum if self._zero else None
-        given = (x, weight, input_scale, w_scale, input_zero, sums, bias, out)
-        addresses = [tensor.data_ptr() for tensor in given if tensor is not None]
         stream = raw_stream(self._index)
+        addresses: list[int]
+        if self._quantize is None:
+            if x.data_ptr() % 16 or x.stride(1) != 1:
+                # Loads of 16 bytes.
+                x = x.clone(memory_format=torch.contiguous_format)
+            addresses = [x.data_ptr(), weight.data_ptr()]
+            if input_scale is not None:
+                addresses.append(input_scale.data_ptr())
+            addresses.append(w_scale.data_ptr())
+            if input_zero is not None:
+                addresses.append(input_zero.data_ptr())
+        else:
+            made = self._quantize(x, input_scale, input_zero, stream)
+            addresses = [
+                made.codes, weight.data_ptr(), made.scale, w_scale.data_ptr(), *made.zero,
+            ]  # fmt: skip
+        if self._zero:
+            assert w_column_sum is not None
+            addresses.append(w_column_sum.data_ptr())
+        if bias is not None:
+            addresses.append(bias.data_ptr())
+        addresses.append(out.data_ptr())
         self._kernel.launch(self._programs, stream, (), (*addresses, *self._sizes))
 
 
 def forms(layer: HopperLayer, config: DecodeConfig) -> list[Form]:
-    """What a call of a layer with one token, contiguous and on 16 bytes, needs compiled."""
-    return [Form(specialization, (layer.compiled, config))]
+    """What a call of a layer with rows that are contiguous and on 16 elements needs compiled."""
+    kernel = Form(specialization, (layer.compiled, config))
+    return [kernel] if config.fused else [quantization_form(layer, early=True), kernel]
 
 
 @functools.cache

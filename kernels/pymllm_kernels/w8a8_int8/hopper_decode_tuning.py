@@ -1,4 +1,4 @@
-"""Launch parameters of the int8 kernel for one token on Hopper, and what they cost."""
+"""Launch parameters of the int8 kernel for few tokens on Hopper, and what they cost."""
 
 from __future__ import annotations
 
@@ -14,17 +14,29 @@ class DecodeConfig:
     """One compiled form of the kernel.
 
     Attributes:
+        block_m: most tokens: 1, which is quantized in the kernel, or 8 or 16, quantized by one before.
         rows: row blocks of 16 output features that a program works on at once.
         warps: of a program, each with its own blocks of K.
     """
 
+    block_m: int
     rows: int
     warps: int = 16
 
     @property
+    def fused(self) -> bool:
+        """Whether the kernel quantizes the activations."""
+        return self.block_m == 1
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 8 tokens."""
+        return -(-self.block_m // 8)
+
+    @property
     def places(self) -> int:
         """Accumulators a thread adds up at once: a power of two."""
-        return 1 << (self.rows - 1).bit_length()
+        return 1 << (self.rows * self.tiles - 1).bit_length()
 
     @property
     def shared_memory(self) -> int:
@@ -53,18 +65,23 @@ class _Measured(NamedTuple):
 
 
 _MEASURED = (
-    _Measured(DecodeConfig(rows=1), 2.9, 0.5, 0.4),
-    _Measured(DecodeConfig(rows=2), 2.9, 0.5, 0.4),
-    _Measured(DecodeConfig(rows=3), 2.9, 0.6, 0.5),
-    _Measured(DecodeConfig(rows=4), 2.9, 0.7, 0.6),
+    _Measured(DecodeConfig(1, rows=1), 2.9, 0.5, 0.4),
+    _Measured(DecodeConfig(1, rows=2), 2.9, 0.5, 0.4),
+    _Measured(DecodeConfig(1, rows=3), 2.9, 0.6, 0.5),
+    _Measured(DecodeConfig(8, rows=1), 3.5, 0.5, 0.4),
+    _Measured(DecodeConfig(8, rows=2), 3.5, 0.5, 0.4),
+    _Measured(DecodeConfig(8, rows=3), 3.5, 0.6, 0.5),
+    _Measured(DecodeConfig(16, rows=1), 3.8, 0.5, 0.4),
+    _Measured(DecodeConfig(16, rows=2), 3.8, 0.5, 0.4),
+    _Measured(DecodeConfig(16, rows=3), 3.8, 0.5, 0.4),
 )
 CONFIGS = tuple(measured.config for measured in _MEASURED)
 
 
 def why_invalid(config: DecodeConfig, m: int, shared_memory: int) -> str | None:
     """``None`` if ``m`` tokens can be run, else the reason."""
-    if m != 1:
-        return f"{config} takes 1 token, found {m}"
+    if m > config.block_m:
+        return f"{config} takes up to {config.block_m} tokens, found {m}"
     if config not in CONFIGS:
         return f"{config} is none of {CONFIGS}"
     if config.shared_memory > shared_memory:
@@ -77,7 +94,8 @@ def candidates(
 ) -> Iterator[tuple[float, DecodeConfig]]:
     """Every valid configuration for a shape, with its estimated microseconds."""
     for config, start, one_pass, step in _MEASURED:
-        if why_invalid(config, m, shared_memory):
+        smallest = 1 if m == 1 else 8 if m <= 8 else 16
+        if why_invalid(config, m, shared_memory) or config.block_m > smallest:
             continue
         row_blocks = -(-n // (ROW_BLOCK * config.programs(n, multiprocessors)))
         passes = -(-row_blocks // config.rows)

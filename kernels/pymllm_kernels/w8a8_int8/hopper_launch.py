@@ -151,9 +151,7 @@ def _prepare(
     if config is None:
         config = resolve(HOPPER, layer.tuning_key, m, device_facts(x.device)).config
     if isinstance(config, DecodeConfig):
-        if m != 1:
-            raise ValueError(f"config: {config} takes 1 token, found {m}")
-        return PreparedDecode(layer, x.device, config)
+        return PreparedDecode(layer, m, strides, x, config)
     return _Prepared(layer, m, strides, x, config, plan)
 
 

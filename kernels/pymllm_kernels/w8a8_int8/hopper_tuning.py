@@ -1,6 +1,6 @@
 """Launch parameters of the Hopper int8 GEMM: what is valid, the plan of a launch, the choice.
 
-For one token the kernel of ``hopper_decode`` is an alternative to the tiles of this module.
+Up to 16 tokens the kernel of ``hopper_decode`` is an alternative to the tiles of this module.
 """
 
 from __future__ import annotations
