@@ -51,29 +51,31 @@ class DecodeConfig:
 class _Measured(NamedTuple):
     """A configuration with its time on an H200, in microseconds.
 
+    Fitted over 12 layers from 1024x1024 to 10240x8192, within 10 % of each, 3 % in the mean.
+
     Attributes:
         config: the configuration.
         start: of a call.
-        one_pass: of a pass over K.
         step: of a step of K of all warps.
+        memory: of a MB of weights.
     """
 
     config: DecodeConfig
     start: float
-    one_pass: float
     step: float
+    memory: float
 
 
 _MEASURED = (
-    _Measured(DecodeConfig(1, rows=1), 2.9, 0.5, 0.4),
-    _Measured(DecodeConfig(1, rows=2), 2.9, 0.5, 0.4),
-    _Measured(DecodeConfig(1, rows=3), 2.9, 0.6, 0.5),
-    _Measured(DecodeConfig(8, rows=1), 3.5, 0.5, 0.4),
-    _Measured(DecodeConfig(8, rows=2), 3.5, 0.5, 0.4),
-    _Measured(DecodeConfig(8, rows=3), 3.5, 0.6, 0.5),
-    _Measured(DecodeConfig(16, rows=1), 3.8, 0.5, 0.4),
-    _Measured(DecodeConfig(16, rows=2), 3.8, 0.5, 0.4),
-    _Measured(DecodeConfig(16, rows=3), 3.8, 0.5, 0.4),
+    _Measured(DecodeConfig(1, rows=1), 2.6, 0.80, 0.132),
+    _Measured(DecodeConfig(1, rows=2), 2.76, 0.82, 0.191),
+    _Measured(DecodeConfig(1, rows=3), 2.9, 0.94, 0.207),
+    _Measured(DecodeConfig(8, rows=1), 3.5, 0.80, 0.132),
+    _Measured(DecodeConfig(8, rows=2), 3.9, 0.82, 0.191),
+    _Measured(DecodeConfig(8, rows=3), 3.9, 0.94, 0.207),
+    _Measured(DecodeConfig(16, rows=1), 3.6, 0.90, 0.132),
+    _Measured(DecodeConfig(16, rows=2), 3.9, 1.00, 0.191),
+    _Measured(DecodeConfig(16, rows=3), 4.0, 1.10, 0.207),
 )
 CONFIGS = tuple(measured.config for measured in _MEASURED)
 
@@ -93,11 +95,11 @@ def candidates(
     m: int, n: int, k: int, multiprocessors: int, shared_memory: int
 ) -> Iterator[tuple[float, DecodeConfig]]:
     """Every valid configuration for a shape, with its estimated microseconds."""
-    for config, start, one_pass, step in _MEASURED:
+    for config, start, step, memory in _MEASURED:
         smallest = 1 if m == 1 else 8 if m <= 8 else 16
         if why_invalid(config, m, shared_memory) or config.block_m > smallest:
             continue
         row_blocks = -(-n // (ROW_BLOCK * config.programs(n, multiprocessors)))
         passes = -(-row_blocks // config.rows)
         steps = passes * -(-k // (128 * config.warps))
-        yield start + one_pass * passes + step * steps, config
+        yield start + step * steps + memory * n * k / 1e6, config
