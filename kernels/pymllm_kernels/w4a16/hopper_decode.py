@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
 
 # Codes of slices 1 and 3 stay 4 bits up, times 16.
 _UNPACK_BF16 = gl.constexpr("""{
@@ -346,6 +347,7 @@ def w4a16_decode_hopper(
     PLACES: gl.constexpr,  # the power of two that holds ROWS * TILES
     TILES: gl.constexpr,  # tiles of 8 tokens, 1 or 2
     X_AHEAD: gl.constexpr,  # whether x is fetched a step ahead, as weights are
+    DEPENDENT: gl.constexpr,  # whether it is launched while x is still being written
     WARPS: gl.constexpr,
     ROW_WARPS: gl.constexpr,  # warps with other row blocks of the same blocks of K
 ):  # fmt: skip
@@ -377,6 +379,8 @@ def w4a16_decode_hopper(
     places = _places(sources, sizes, w, first + r, g, c, RUNS, GROUP_SIZE)
     own = gl.where(w < blocks, first + r, last)
     units = _load_units(places, own, last, 0, ROWS, ROWS, ROW_WARPS)
+    if DEPENDENT:
+        gdc_wait()
     if X_AHEAD:
         loaded = _load_x(x_ptr, w, g, c, M, K // 8, stride_x8, TILES)
     acc = (zeros,) * (ROWS * TILES)
