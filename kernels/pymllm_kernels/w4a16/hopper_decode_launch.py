@@ -52,8 +52,7 @@ def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
         "ROW_WARPS": config.row_warps,
     }
     return Specialization(
-        f"w4a16-decode-{config.block_m}x{config.rows}-{config.warps}-warps"
-        f"{'-act-order' * layer.act_order}",
+        f"w4a16-decode-{config.name}{'-act-order' * layer.act_order}",
         w4a16_decode_hopper,
         signature,
         {**constants, **{name: None for name, kind in optional.items() if kind is None}},

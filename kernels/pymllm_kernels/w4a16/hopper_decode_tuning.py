@@ -37,6 +37,13 @@ class DecodeConfig:
     mix: int = 1
 
     @property
+    def name(self) -> str:
+        """For messages: tokens, row blocks of a program and of a warp, warps, and what else differs."""
+        together = self.rows * self.row_warps
+        more = f"{'-late-x' * (not self.x_ahead)}{f'-mix{self.mix}' * (self.mix > 1)}"
+        return f"{self.block_m}x{together}by{self.rows}-{self.warps}x{self.registers}{more}"
+
+    @property
     def tiles(self) -> int:
         """Tiles of 8 tokens."""
         return self.block_m // 8
@@ -95,14 +102,14 @@ _MEASURED = (
     _Measured(DecodeConfig(8, rows=2), 2.5, 0.6, 0.10, 0.54, 4, 2),
     _Measured(DecodeConfig(8, rows=2, row_warps=2), 2.5, 0.5, 0.10, 0.54, 4, 2),
     _Measured(DecodeConfig(8, rows=2, row_warps=4), 2.5, 0.5, 0.10, 0.54, 4, 2),
-    _Measured(DecodeConfig(8, rows=3), 2.5, 0.6, 0.14, 0.54, 2, 2),
-    _Measured(DecodeConfig(8, rows=3, row_warps=2), 2.5, 0.5, 0.14, 0.54, 2, 2),
+    _Measured(DecodeConfig(8, rows=3), 2.5, 0.6, 0.14, 0.54, 2, 1),
+    _Measured(DecodeConfig(8, rows=3, row_warps=2), 2.5, 0.5, 0.14, 0.54, 2, 1),
     _Measured(DecodeConfig(8, rows=4), 2.5, 0.6, 0.18, 0.54, 1, 1),
     _Measured(DecodeConfig(8, rows=4, row_warps=2), 2.5, 0.5, 0.18, 0.54, 1, 1),
     _Measured(DecodeConfig(8, rows=4, row_warps=4), 2.5, 0.5, 0.18, 0.54, 1, 1),
     _Measured(DecodeConfig(8, rows=5), 2.5, 0.7, 0.22, 0.54, 1, 0),
     _Measured(DecodeConfig(8, rows=5, x_ahead=False), 2.5, 0.7, 0.35, 0.54, 2, 1),
-    _Measured(DecodeConfig(8, rows=3, warps=8), 2.5, 0.6, 0.14, 0.54, 2, 2),
+    _Measured(DecodeConfig(8, rows=3, warps=8), 2.5, 0.6, 0.14, 0.54, 2, 1),
     _Measured(DecodeConfig(8, rows=4, warps=8), 2.5, 0.6, 0.18, 0.54, 1, 1),
     _Measured(_wide(8, 2), 2.5, 0.5, 0.08, 0.56, 4, 4),
     _Measured(_wide(8, 3), 2.5, 0.5, 0.10, 0.56, 4, 4),
@@ -116,7 +123,7 @@ _MEASURED = (
     _Measured(DecodeConfig(16, rows=2, x_ahead=False), 2.7, 0.6, 0.40, 0.56, 2, 1),
     _Measured(DecodeConfig(16, rows=2, row_warps=2, x_ahead=False), 2.7, 0.6, 0.40, 0.56, 2, 1),
     _Measured(DecodeConfig(16, rows=2, row_warps=4, x_ahead=False), 2.7, 0.6, 0.40, 0.56, 2, 1),
-    _Measured(DecodeConfig(16, rows=3, x_ahead=False), 2.7, 0.6, 0.45, 0.56, 1, 1),
+    _Measured(DecodeConfig(16, rows=3, x_ahead=False), 2.7, 0.6, 0.45, 0.56, 1, 0),
     _Measured(DecodeConfig(16, rows=2, warps=8, x_ahead=False), 2.7, 0.6, 0.40, 0.56, 2, 1),
     _Measured(_wide(16, 2), 2.7, 0.6, 0.14, 0.58, 4, 4),
     _Measured(_wide(16, 3), 2.7, 0.6, 0.18, 0.58, 4, 4),
