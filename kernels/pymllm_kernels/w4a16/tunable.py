@@ -33,7 +33,6 @@ class HopperTunable(Tunable):
     sources = (
         "pymllm_kernels.w4a16.hopper:w4a16_gemm_hopper",
         "pymllm_kernels.w4a16.hopper_decode:w4a16_decode_hopper",
-        "pymllm_kernels.gather_inputs.kernel:gather_inputs_kernel",
     )
 
     def key_of(self, problem: LinearProblem) -> TuningKey:
