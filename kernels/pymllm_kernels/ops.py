@@ -116,10 +116,7 @@ def _w4a16_gemm_hopper(
     rows, bias = _rows(x), _dense(bias)
     n = weight.shape[1]
     out = x.new_empty((rows.shape[0], n))
-    if input_perm is not None:
-        # TMA reads neighbours: act-order activations are gathered before the kernel.
-        rows = rows.index_select(1, input_perm)
-    _launches().w4a16(rows, weight, scale, zero, bias, out, group_size=group_size)
+    _launches().w4a16(rows, weight, scale, zero, bias, out, group_size=group_size, perm=input_perm)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from pymllm_kernels import ops, planned_device
 from pymllm_kernels.common import launcher
+from pymllm_kernels.gather_inputs import launch as gather
 from pymllm_kernels.per_token_quant_int8 import launch as quant
 from pymllm_kernels.w4a16 import hopper_decode_launch, hopper_launch
 from pymllm_kernels.w8a8_int8 import hopper_launch as w8a8_launch
@@ -53,7 +54,7 @@ class Maps:
 @pytest.fixture(autouse=True)
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     counters = torch.zeros(528, dtype=torch.int32)
-    modules: tuple[Any, ...] = (hopper_launch, hopper_decode_launch, w8a8_launch, quant)
+    modules: tuple[Any, ...] = (hopper_launch, hopper_decode_launch, w8a8_launch, quant, gather)
     for module in modules:
         monkeypatch.setattr(module, "load", Kernel)
         monkeypatch.setattr(module, "raw_stream", lambda index: 5, raising=False)
@@ -65,7 +66,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Kernel, "launches", [])
     cached: list[Any] = [
         hopper_launch._loaded, hopper_launch._kernel, hopper_decode_launch._kernel,
-        w8a8_launch._loaded, w8a8_launch._gemm, quant.loaded,
+        w8a8_launch._loaded, w8a8_launch._gemm, quant.loaded, gather._kernel,
     ]  # fmt: skip
     for function in cached:
         function.cache_clear()
@@ -99,6 +100,33 @@ def test_few_tokens(m: int) -> None:
     # 256 row blocks: one for every program, two for 124 of them.
     sizes = {"M": m, "N": 4096, "K": 4096, "groups": 32, "stride_x8": 512, "share": 1, "more": 124}
     assert given == addresses | sizes
+
+
+def test_few_tokens_in_act_order() -> None:
+    weight, scale = torch.empty(32, 4096, 32, dtype=torch.int16), torch.empty(32, 4096, dtype=BF16)
+    out, perm = torch.empty(3, 4096, dtype=BF16), torch.randperm(4096).to(torch.int32)
+    # Any strides: what is gathered is contiguous.
+    x = torch.randn(6, 8193).to(BF16)[::2, 1:8193:2]
+    hopper_launch.launch(x, weight, scale, None, None, out, group_size=128, perm=perm)
+    (name, programs, given), (decode, _, next_given) = Kernel.launches
+    assert name == "gather-inputs" and programs == 3 * 8 and decode.endswith("act-order")
+    gathered = given.pop("out_ptr")
+    assert given == {
+        "x_ptr": x.data_ptr(), "perm_ptr": perm.data_ptr(), "k8": 512, "stride_xm": 2 * 8193,
+        "stride_xk": 2,
+    }  # fmt: skip
+    assert (next_given["x_ptr"], next_given["stride_x8"]) == (gathered, 512)
+
+
+def test_tiles_in_act_order() -> None:
+    t = w4a16(100, perm=torch.arange(4096, dtype=torch.int32))
+    ((name, _, given),) = Kernel.launches
+    assert "act-order" not in name
+    assert given["x_desc"][1:4] == (BF16, (100, 4096), (4096, 1))
+    assert given["x_desc"][-1] != t["x"].data_ptr()
+    w4a16(100)
+    # One form for both.
+    assert hopper_launch._kernel.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("m", [100, 1000])

@@ -100,6 +100,56 @@ def test_rows_of_a_larger_tensor() -> None:
             assert torch.equal(run(x, weight, None, 128, config), expected)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_act_order_gives_the_bits_of_gathering_first(config: DecodeConfig, symmetric: bool) -> None:
+    layer = make_w4a16(4096, 1408, 128, symmetric=symmetric, act_order=True, device="cuda")
+    weight = prepared(layer)
+    if config not in valid(1, weight, 128):
+        pytest.skip("another kind of layer")
+    perm = weight.input_perm
+    assert perm is not None
+    base = torch.randn(16, 2 * 1408 + 1, device="cuda").to(BF16)
+    for m in (1, config.block_m):
+        for x in (base[:m, :1408], base[:m, 1:1409], base[:m, ::2][:, :1408]):
+            expected = run(x[:, perm.long()], weight, None, 128, config)
+            out = torch.full((m, 4096), float("nan"), dtype=BF16, device="cuda")
+            # Again and again, in memory that the one before has just read.
+            for _ in range(50):
+                launch(
+                    x, *weight[:3], None, out.fill_(float("nan")), group_size=128, perm=perm,
+                    config=config,
+                )  # fmt: skip
+                assert torch.equal(out, expected)
+    assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.rounded))
+
+
+def test_act_order_in_a_graph_of_changing_activations() -> None:
+    """Each call gathers into memory that the call before it may still be reading."""
+    layer = make_w4a16(28672, 4096, 128, act_order=True, device="cuda")
+    weight = prepared(layer)
+    xs = torch.randn(8, 8, 4096, device="cuda").to(BF16)
+    config = valid(8, weight, 128)[0]
+    perm = weight.input_perm
+    assert perm is not None
+    outs = torch.empty(8, 8, 28672, dtype=BF16, device="cuda")
+
+    def calls() -> None:
+        for x, out in zip(xs, outs, strict=True):
+            launch(x, *weight[:3], None, out, group_size=128, perm=perm, config=config)
+
+    calls()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls()
+    for _ in range(20):
+        xs.normal_()
+        outs.fill_(float("nan"))
+        graph.replay()
+        for x, out in zip(xs, outs, strict=True):
+            assert torch.equal(run(x[:, perm.long()], weight, None, 128, config), out)
+
+
 @pytest.mark.parametrize("magnitude", [2.0**-40, 2.0**-10, 2.0**20, 2.0**50])
 def test_magnitudes(magnitude: float) -> None:
     layer = make_w4a16(256, 2048, 128, device="cuda")

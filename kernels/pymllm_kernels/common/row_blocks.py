@@ -32,14 +32,19 @@ def stack(tiles, zeros, PLACES: gl.constexpr):
         one = one.permute(0, 4, 3, 1, 2)
     elif PLACES == 8:
         one = one.permute(0, 5, 4, 3, 1, 2)
+    elif PLACES == 16:
+        one = one.permute(0, 6, 5, 4, 3, 1, 2)
     return one.reshape(zeros.shape[0], PLACES * 128)
 
 
 @gluon.jit
-def add_warps(stacked, parts, layout: gl.constexpr, WARPS: gl.constexpr):
-    """Sums ``[1, S]`` over warps, in order, of stacked ``[WARPS, S]``, through shared memory."""
+def add_warps(stacked, parts, layout: gl.constexpr, ROW_WARPS: gl.constexpr, WARPS: gl.constexpr):
+    """Sums ``[ROW_WARPS, S]`` over the warps with the same rows, in order, of stacked ``[WARPS, S]``.
+
+    Warp ``w`` has row ``w % ROW_WARPS``. ``parts [WARPS, S]`` is shared memory.
+    """
     parts.store(stacked)
-    total = parts.slice(0, 1).load(layout)
-    for w in gl.static_range(1, WARPS):
-        total += parts.slice(w, 1).load(layout)
+    total = parts.slice(0, ROW_WARPS).load(layout)
+    for w in gl.static_range(1, WARPS // ROW_WARPS):
+        total += parts.slice(w * ROW_WARPS, ROW_WARPS).load(layout)
     return total

@@ -55,7 +55,9 @@ W4A16_VARIANTS = (
 )
 
 _HOPPER_VARIANTS = ("bf16-g128", "fp16-g128", "bf16-g64-asym", "fp16-g32-asym")
-_DECODE_VARIANTS = (*_HOPPER_VARIANTS, "bf16-g128-asym", "bf16-g32", "bf16-channel")
+_DECODE_VARIANTS = (
+    *_HOPPER_VARIANTS, "bf16-g128-asym", "bf16-g32", "bf16-channel", "bf16-g128-act-order",
+)  # fmt: skip
 
 
 def target_device(target: str) -> DeviceFacts:
@@ -121,6 +123,7 @@ def w4a16_hopper_cases() -> Iterator[Specialization]:
 
 def w4a16_decode_cases() -> Iterator[Specialization]:
     """The weight-only GEMM for few tokens on Hopper: every configuration and kind of layer it takes."""
+    from pymllm_kernels.gather_inputs import launch as gather
     from pymllm_kernels.w4a16.hopper_decode_launch import specialization
     from pymllm_kernels.w4a16.hopper_decode_tuning import CONFIGS, why_invalid
     from pymllm_kernels.w4a16.hopper_launch import HopperLayer
@@ -128,12 +131,13 @@ def w4a16_decode_cases() -> Iterator[Specialization]:
     for variant in (v for v in W4A16_VARIANTS if v.name in _DECODE_VARIANTS):
         layer = HopperLayer(
             4096, variant.k, variant.block_k, variant.group_size, variant.dtype, variant.dtype,
-            variant.zero, variant.dtype if variant.zero else None,
+            variant.zero, variant.dtype if variant.zero else None, variant.act_order,
         )  # fmt: skip
         for config in CONFIGS:
             if why_invalid(config, 1, layer.form, 227 * 1024) is None:
                 form = specialization(layer, config)
                 yield replace(form, name=f"{form.name}-{variant.name}")
+    yield gather.specialization(torch.bfloat16)
 
 
 def w8a8_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specialization]:

@@ -20,6 +20,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
+
+from pymllm_kernels.common.row_blocks import add_warps, next_step, stack
 
 # Codes of slices 1 and 3 stay 4 bits up, times 16.
 _UNPACK_BF16 = gl.constexpr("""{
@@ -274,39 +277,13 @@ def _add_units(
 
 
 @gluon.jit
-def _stack(tiles, zeros, PLACES: gl.constexpr):
-    """Accumulators ``[WARPS, 8, 16]`` side by side, ``[WARPS, PLACES * 128]``: moves no data."""
-    level = tiles
-    for _ in gl.static_range(PLACES - len(tiles)):
-        level += (zeros,)
-    for _ in gl.static_range(PLACES.bit_length() - 1):
-        pairs = ()
-        for i in gl.static_range(len(level) // 2):
-            pairs += (gl.join(level[2 * i], level[2 * i + 1]),)
-        level = pairs
-    one = level[0]
-    if PLACES == 2:
-        one = one.permute(0, 3, 1, 2)
-    elif PLACES == 4:
-        one = one.permute(0, 4, 3, 1, 2)
-    elif PLACES == 8:
-        one = one.permute(0, 5, 4, 3, 1, 2)
-    elif PLACES == 16:
-        one = one.permute(0, 6, 5, 4, 3, 1, 2)
-    return one.reshape(zeros.shape[0], PLACES * 128)
-
-
-@gluon.jit
 def _finish(
     acc, zeros, parts, out_ptr, bias_ptr, first, last, M, N, ROWS: gl.constexpr,
     PLACES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr, ROW_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Adds up the warps' sums of the row blocks from ``first`` on, and stores them."""
     FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [ROW_WARPS, WARPS // ROW_WARPS], [1, 0])
-    parts.store(_stack(acc, zeros, PLACES))
-    total = parts.slice(0, ROW_WARPS).load(FLAT)
-    for w in gl.static_range(1, WARPS // ROW_WARPS):
-        total += parts.slice(w * ROW_WARPS, ROW_WARPS).load(FLAT)
+    total = add_warps(stack(acc, zeros, PLACES), parts, FLAT, ROW_WARPS, WARPS)
     r = gl.expand_dims(gl.arange(0, ROW_WARPS, layout=gl.SliceLayout(1, FLAT)), 1)
     i = gl.expand_dims(gl.arange(0, PLACES * 128, layout=gl.SliceLayout(0, FLAT)), 0)
     block = first + i // (128 * TILES) * ROW_WARPS + r
@@ -317,13 +294,6 @@ def _finish(
         total += gl.load(bias_ptr + row, mask=mask, other=0.0).to(gl.float32)
     out = out_ptr + token.to(gl.int64) * N + row
     gl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@gluon.jit
-def _next_step(rb, k, steps, ROWS: gl.constexpr):
-    k += 1
-    rb = gl.where(k == steps, rb + ROWS, rb)
-    return rb, gl.where(k == steps, 0, k)
 
 
 # Compiled once for all shapes and numbers of tokens.
@@ -345,7 +315,7 @@ def w4a16_decode_hopper(
     MIX: gl.constexpr,  # row blocks whose instructions are mixed
     PLACES: gl.constexpr,  # the power of two that holds ROWS * TILES
     TILES: gl.constexpr,  # tiles of 8 tokens, 1 or 2
-    X_AHEAD: gl.constexpr,  # whether x is fetched a step ahead, as weights are
+    DEPENDENT: gl.constexpr,  # whether it is launched while x is still being written
     WARPS: gl.constexpr,
     ROW_WARPS: gl.constexpr,  # warps with other row blocks of the same blocks of K
 ):  # fmt: skip
@@ -377,24 +347,22 @@ def w4a16_decode_hopper(
     places = _places(sources, sizes, w, first + r, g, c, RUNS, GROUP_SIZE)
     own = gl.where(w < blocks, first + r, last)
     units = _load_units(places, own, last, 0, ROWS, ROWS, ROW_WARPS)
-    if X_AHEAD:
-        loaded = _load_x(x_ptr, w, g, c, M, K // 8, stride_x8, TILES)
+    if DEPENDENT:
+        gdc_wait()
+    loaded = _load_x(x_ptr, w, g, c, M, K // 8, stride_x8, TILES)
     acc = (zeros,) * (ROWS * TILES)
     rb = first
     k = 0
     for _ in range(gl.cdiv(last - first, TOGETHER) * steps):
         # Row block and step of what is fetched meanwhile.
-        next_rb, next_k = _next_step(rb, k, steps, TOGETHER)
+        next_rb, next_k = next_step(rb, k, steps, TOGETHER)
         block = next_k * K_WARPS + w
         places = _places(sources, sizes, block, next_rb + r, g, c, RUNS, GROUP_SIZE)
         # Past the last for what is beyond K.
         own = gl.where(block < blocks, next_rb + r, last)
-        if not X_AHEAD:
-            loaded = _load_x(x_ptr, k * K_WARPS + w, g, c, M, K // 8, stride_x8, TILES)
         xs = _raised(loaded, HALF)
-        if X_AHEAD:
-            pieces = gl.where(next_rb < last, K // 8, 0)
-            loaded = _load_x(x_ptr, block, g, c, M, pieces, stride_x8, TILES)
+        pieces = gl.where(next_rb < last, K // 8, 0)
+        loaded = _load_x(x_ptr, block, g, c, M, pieces, stride_x8, TILES)
         sums = _sums(xs, zeros, ZERO, HALF, RUNS, TILES)
         added = ()
         fetched = ()

@@ -13,6 +13,8 @@ from pymllm_kernels.common.gluon_hopper import GLUON_DTYPE
 from pymllm_kernels.common.launcher import LoadedKernel, load
 from pymllm_kernels.common.specialization import Specialization, pointer_type
 from pymllm_kernels.device import device_facts
+from pymllm_kernels.gather_inputs import launch as gather
+from pymllm_kernels.gather_inputs.launch import PreparedGather
 from pymllm_kernels.w4a16.hopper_decode import w4a16_decode_hopper
 from pymllm_kernels.w4a16.hopper_decode_tuning import ROW_BLOCK, DecodeConfig, why_invalid
 
@@ -44,19 +46,19 @@ def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
         "MIX": config.mix,
         "PLACES": config.places,
         "TILES": config.tiles,
-        "X_AHEAD": config.x_ahead,
+        "DEPENDENT": layer.act_order,
         "WARPS": config.warps,
         "ROW_WARPS": config.row_warps,
     }
     return Specialization(
-        f"w4a16-decode-{config.block_m}x{config.rows}-{config.warps}-warps",
+        f"w4a16-decode-{config.name}{'-act-order' * layer.act_order}",
         w4a16_decode_hopper,
         signature,
         {**constants, **{name: None for name, kind in optional.items() if kind is None}},
         num_warps=config.warps,
         # A bias may be a view that starts anywhere.
         divisible_by_16=("x_ptr", "weight_ptr", "scale_ptr", "out_ptr"),
-        options={"maxnreg": min(config.registers, 255)},
+        options={"maxnreg": min(config.registers, 255), "launch_pdl": layer.act_order},
     )
 
 
@@ -64,7 +66,8 @@ class PreparedDecode:
     """A launch for one shape of a layer and number of tokens, but for the addresses."""
 
     def __init__(
-        self, layer: HopperLayer, m: int, stride_xm: int, device: torch.device, config: DecodeConfig
+        self, layer: HopperLayer, m: int, strides: tuple[int, int], device: torch.device,
+        config: DecodeConfig,
     ) -> None:  # fmt: skip
         """See ``hopper_launch.launch``.
 
@@ -76,6 +79,13 @@ class PreparedDecode:
         if reason is not None:
             raise ValueError(f"config: {reason}")
         self._device = device
+        self._gather = None
+        stride_xm = strides[0]
+        if layer.act_order:
+            # Read by the kernel itself, each multiprocessor would gather all of x: 32 scattered lines
+            # a load.
+            self._gather = PreparedGather(layer.act, m, layer.k, strides, device)
+            stride_xm = layer.k
         self._kernel = _kernel(layer.compiled, config, device)
         self._programs = config.programs(layer.n, facts.multiprocessors)
         share, more = divmod(layer.n // ROW_BLOCK, self._programs)
@@ -84,17 +94,22 @@ class PreparedDecode:
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
         zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+        perm: torch.Tensor | None,
     ) -> None:  # fmt: skip
         """Launches on the current device and stream."""
+        stream = raw_stream(self._device.index)
+        if self._gather is not None:
+            assert perm is not None
+            x = self._gather(x, perm, stream)
         given = (x, weight, scale, zero, bias, out)
         addresses = (tensor.data_ptr() for tensor in given if tensor is not None)
-        stream = raw_stream(self._device.index)
         self._kernel.launch(self._programs, stream, (), (*addresses, *self._sizes))
 
 
 def forms(layer: HopperLayer, config: DecodeConfig) -> list[Form]:
     """What a call of a layer with a configuration needs compiled."""
-    return [Form(specialization, (layer.compiled, config))]
+    decode = Form(specialization, (layer.compiled, config))
+    return [gather.form(layer.act), decode] if layer.act_order else [decode]
 
 
 @functools.cache

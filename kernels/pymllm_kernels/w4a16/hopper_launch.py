@@ -56,6 +56,7 @@ class HopperLayer(NamedTuple):
         scale: dtype of the scales.
         zero: whether there are zero points.
         bias: dtype of the bias, ``None`` for none.
+        act_order: whether activations are put in the order of the weight's columns first.
     """
 
     n: int
@@ -66,6 +67,7 @@ class HopperLayer(NamedTuple):
     scale: torch.dtype
     zero: bool
     bias: torch.dtype | None
+    act_order: bool = False
 
     @property
     def form(self) -> HopperForm:
@@ -159,44 +161,49 @@ def launch(
     out: torch.Tensor,
     *,
     group_size: int,
+    perm: torch.Tensor | None = None,
     config: HopperConfig | DecodeConfig | None = None,
 ) -> None:
     """Fills a contiguous ``out [M, N]`` from ``x [M, K]`` on the current device.
 
     Whether the layer fits is the caller's duty. An ``x`` that the kernels cannot read (rows not
-    contiguous or not on 16 bytes) is copied first.
+    contiguous or not on 16 bytes) is copied first. ``perm`` int32 ``[K]``: the input at each column of
+    the weight, ``None`` for their order.
     """
     m, k = x.shape
     _, n, slice_k = weight.shape
     if m == 0:
         return
-    x = _readable(x)
+    if perm is None:
+        x = _readable(x)
     # The stride of a single row may be anything.
-    stride = x.stride(0) if m > 1 else k
+    strides = (x.stride(0) if m > 1 else k, x.stride(1))
     key = (
         x.dtype, scale.dtype, zero is None, None if bias is None else bias.dtype, n, k, slice_k,
-        group_size, m, stride, x.get_device(), config, state.generation,
+        group_size, perm is None, m, strides, x.get_device(), config, state.generation,
     )  # fmt: skip
     prepared = _PREPARED.get(key)
     if prepared is None:
         layer = HopperLayer(
-            n, k, 4 * slice_k, group_size, x.dtype, scale.dtype, zero is not None, key[3]
-        )
+            n, k, 4 * slice_k, group_size, x.dtype, scale.dtype, zero is not None, key[3],
+            perm is not None,
+        )  # fmt: skip
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
-        prepared = _PREPARED[key] = _prepare(layer, m, stride, x.device, config)
-    prepared(x, weight, scale, zero, bias, out)
+        prepared = _PREPARED[key] = _prepare(layer, m, strides, x.device, config)
+    prepared(x, weight, scale, zero, bias, out, perm)
 
 
 def _prepare(
-    layer: HopperLayer, m: int, stride_xm: int, device: torch.device,
+    layer: HopperLayer, m: int, strides: tuple[int, int], device: torch.device,
     config: HopperConfig | DecodeConfig | None,
 ) -> _Prepared | PreparedDecode:  # fmt: skip
     if config is None:
         config = resolve(HOPPER, layer.tuning_key, m, device_facts(device)).config
     if isinstance(config, DecodeConfig):
-        return PreparedDecode(layer, m, stride_xm, device, config)
-    return _Prepared(layer, m, stride_xm, device, config)
+        return PreparedDecode(layer, m, strides, device, config)
+    stride_xm = layer.k if layer.act_order else strides[0]
+    return _Prepared(layer._replace(act_order=False), m, stride_xm, device, config)
 
 
 class _Prepared:
@@ -227,7 +234,11 @@ class _Prepared:
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
         zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+        perm: torch.Tensor | None,
     ) -> None:  # fmt: skip
+        if perm is not None:
+            # TMA reads neighbours.
+            x = x.index_select(1, perm)
         to = out.data_ptr()
         maps = [
             self._x.at(x.data_ptr()),
@@ -272,7 +283,8 @@ def forms(layer: HopperLayer, config: HopperConfig | DecodeConfig) -> list[Form]
     """What a call of a layer with a configuration needs compiled."""
     if isinstance(config, DecodeConfig):
         return hopper_decode_launch.forms(layer, config)
-    return [Form(specialization, (layer.compiled, compiled_config(config)))]
+    compiled = layer.compiled._replace(act_order=False)
+    return [Form(specialization, (compiled, compiled_config(config)))]
 
 
 @functools.cache

@@ -124,7 +124,7 @@ class HopperW4A16(TritonW4A16):
         block_k = choose_layout(4, problem.k, problem.group_size).block_k
         layer = hopper_launch.HopperLayer(
             problem.n, problem.k, block_k, problem.group_size, problem.act_dtype,
-            problem.scale_dtype, not problem.symmetric, bias,
+            problem.scale_dtype, not problem.symmetric, bias, problem.act_order,
         )  # fmt: skip
         return hopper_launch.forms(layer, config or self.configured(problem, m))
 

@@ -43,6 +43,16 @@ def _mma(upper, lower, x, acc):
 
 
 @gluon.jit
+def _multiply(sums, unit, codes):
+    """The sums of a row block, one a tile of tokens, plus 128 inputs."""
+    added = ()
+    for n in gl.static_range(len(sums)):
+        total = _mma(unit[0], unit[2], codes[n * 2], sums[n])
+        added += (_mma(unit[1], unit[3], codes[n * 2 + 1], total),)
+    return added
+
+
+@gluon.jit
 def _load_unit(weight_ptr, block, row_block, g, c, N, K, last):
     """One row block of 128 inputs a warp: two halves of its upper rows, two of its lower."""
     unit = ()
@@ -110,7 +120,7 @@ def _finish(
     column_sum = 0
     if ZERO:
         column_sum = gl.load(column_sum_ptr + row, mask=mask, other=0)
-    total = add_warps(stack(acc, zeros, PLACES), parts, FLAT, WARPS)
+    total = add_warps(stack(acc, zeros, PLACES), parts, FLAT, 1, WARPS)
     out = scale_sum(total, s_m, s_n, zero, column_sum, bias, ZERO, bias_ptr is not None)
     gl.store(out_ptr + (token * N + row), out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -179,12 +189,19 @@ def w8a8_int8_decode_hopper(
         added = ()
         fetched = ()
         for r in gl.static_range(ROWS):
+            sums = ()
+            unit = ()
             for n in gl.static_range(TILES):
-                total = acc[r * TILES + n]
-                for h in gl.static_range(2):
-                    total = _mma(units[r * 4 + h], units[r * 4 + 2 + h], codes[n * 2 + h], total)
-                added += (total,)
-            fetched += _load_unit(weight_ptr, block, next_rb + r, g, c, N, K, last)
+                sums += (acc[r * TILES + n],)
+            for i in gl.static_range(4):
+                unit += (units[r * 4 + i],)
+            # A branch, so that row blocks are multiplied one after the other and each one's next words
+            # are on their way meanwhile. The compiler would mix all of them, and wait for all.
+            if rb + r < last:
+                sums = _multiply(sums, unit, codes)
+                unit = _load_unit(weight_ptr, block, next_rb + r, g, c, N, K, last)
+            added += sums
+            fetched += unit
         acc = added
         units = fetched
         if k == steps - 1:

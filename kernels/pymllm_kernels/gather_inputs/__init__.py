@@ -1,0 +1,1 @@
+"""Activations in the order of a weight's columns (act-order)."""
