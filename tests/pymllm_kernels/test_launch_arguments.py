@@ -233,7 +233,35 @@ def test_the_int8_workspace_holds_everything_apart() -> None:
     assert all(end <= begin for end, begin in zip(ends, order, strict=True))
     assert all((place - start) % 256 == 0 for place in order)
     assert second["count_ptr"] == first["counters_ptr"] and first["counters"] > 0
-    assert order[-1] - start < prepared._bytes
+    assert order[-1] - start < prepared._quantize._bytes
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("static", [True, False])
+def test_int8_of_one_token_is_one_launch(symmetric: bool, static: bool) -> None:
+    n, k = 2048, 2048
+    t = w8a8(1, n, k, symmetric=symmetric, static=static)
+    ((_, rows, given),) = Kernel.launches
+    assert rows == 128 and (given["M"], given["N"], given["K"]) == (1, n, k)
+    assert given["x_ptr"] == t["x"].data_ptr() and given["out_ptr"] == t["out"].data_ptr()
+    assert given["weight_ptr"] == t["weight"].data_ptr()
+    assert given["w_scale_ptr"] == t["w_scale"].data_ptr()
+    assert given["bias_ptr"] == t["bias"].data_ptr()
+    assert given.get("x_scale_ptr") == (t["input_scale"].data_ptr() if static else None)
+    both = static and not symmetric
+    assert given.get("x_zero_ptr") == (t["input_zero"].data_ptr() if both else None)
+    assert given.get("column_sum_ptr") == (None if symmetric else t["column_sum"].data_ptr())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int8_of_few_tokens_of_a_small_layer(symmetric: bool) -> None:
+    n, k = 2048, 2048
+    t = w8a8(5, n, k, symmetric=symmetric, static=False)
+    (_, rows, quantized), (_, _, given) = Kernel.launches
+    assert rows == 5 and quantized["x_ptr"] == t["x"].data_ptr()
+    assert given["x_ptr"] == quantized["codes_ptr"] and given["M"] == 5
+    assert given["x_scale_ptr"] == quantized["scale_ptr"]
+    assert given.get("x_zero_ptr") == quantized.get("zero_ptr")
 
 
 @pytest.mark.parametrize("call", [lambda: w4a16(0), lambda: w8a8(0, 4096, 4096)])
