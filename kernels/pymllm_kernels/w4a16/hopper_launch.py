@@ -37,11 +37,16 @@ _MOST_PREPARED = 65536
 
 
 def form_of(
-    block_k: int, group_size: int, act: torch.dtype, scale: torch.dtype, symmetric: bool
+    block_k: int,
+    group_size: int,
+    act: torch.dtype,
+    scale: torch.dtype,
+    symmetric: bool,
+    bits: int = 4,
 ) -> HopperForm:
     """The form of a layer."""
     runs = 1 if group_size == -1 or group_size >= block_k else block_k // group_size
-    return HopperForm(block_k, runs, scale.itemsize + (not symmetric), act == scale)
+    return HopperForm(block_k, runs, scale.itemsize + (not symmetric), act == scale, bits)
 
 
 class HopperLayer(NamedTuple):
@@ -56,6 +61,7 @@ class HopperLayer(NamedTuple):
         scale: dtype of the scales.
         zero: whether there are zero points.
         bias: dtype of the bias, ``None`` for none.
+        bits: of a code, 4 or 8.
     """
 
     n: int
@@ -66,11 +72,14 @@ class HopperLayer(NamedTuple):
     scale: torch.dtype
     zero: bool
     bias: torch.dtype | None
+    bits: int = 4
 
     @property
     def form(self) -> HopperForm:
         """What the choice of the configuration depends on."""
-        return form_of(self.block_k, self.group_size, self.act, self.scale, not self.zero)
+        return form_of(
+            self.block_k, self.group_size, self.act, self.scale, not self.zero, self.bits
+        )
 
     @property
     def compiled(self) -> HopperLayer:
@@ -81,8 +90,13 @@ class HopperLayer(NamedTuple):
     def tuning_key(self) -> TuningKey:
         """Under which its configurations are stored."""
         return hopper_key(
-            self.n, self.k, self.group_size, self.act, self.scale, symmetric=not self.zero
+            self.n, self.k, self.group_size, self.act, self.scale, not self.zero, self.bits
         )
+
+    @property
+    def words(self) -> int:
+        """16-bit words of a row of a block."""
+        return self.block_k * self.bits // 16
 
     @property
     def groups(self) -> int:
@@ -109,13 +123,14 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
     sizes = ("M", "N", "groups", "tiles_m", "tiles_n", "whole", "steps", "stride_om")
     signature = {
         "x_desc": _tile_type(layer.act, config.block_m, 2 * slice_k),
-        "weight_desc": _tile_type(torch.int16, config.weight_box_n, slice_k),
+        "weight_desc": _tile_type(torch.int16, config.weight_box_n, layer.words),
         "scale_desc": _row_type(layer.scale, config.scales_n),
         "out_ptr": pointer,
         **{name: kind for name, kind in optional.items() if kind is not None},
         **dict.fromkeys(sizes, "i32"),
     }
     constants = {
+        "BITS": layer.bits,
         "GROUP_SIZE": _ONE_GROUP if layer.group_size == -1 else layer.group_size,
         "SLICE_K": slice_k,
         "RUNS": layer.form.runs,
@@ -133,7 +148,7 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         "REGISTERS": CONSUMER_REGISTERS[config.consumers],
     }
     return Specialization(
-        f"w4a16-hopper-{config.block_m}x{config.block_n}{'-shared' * shared}",
+        f"w{layer.bits}a16-hopper-{config.block_m}x{config.block_n}{'-shared' * shared}",
         w4a16_gemm_hopper,
         signature,
         {**constants, **{name: None for name, kind in optional.items() if kind is None}},
@@ -159,6 +174,7 @@ def launch(
     out: torch.Tensor,
     *,
     group_size: int,
+    bits: int = 4,
     config: HopperConfig | DecodeConfig | None = None,
 ) -> None:
     """Fills a contiguous ``out [M, N]`` from ``x [M, K]`` on the current device.
@@ -167,20 +183,28 @@ def launch(
     contiguous or not on 16 bytes) is copied first.
     """
     m, k = x.shape
-    _, n, slice_k = weight.shape
+    _, n, words = weight.shape
     if m == 0:
         return
     x = _readable(x)
     # The stride of a single row may be anything.
     stride = x.stride(0) if m > 1 else k
     key = (
-        x.dtype, scale.dtype, zero is None, None if bias is None else bias.dtype, n, k, slice_k,
+        x.dtype, scale.dtype, zero is None, None if bias is None else bias.dtype, n, k, words, bits,
         group_size, m, stride, x.get_device(), config, state.generation,
     )  # fmt: skip
     prepared = _PREPARED.get(key)
     if prepared is None:
         layer = HopperLayer(
-            n, k, 4 * slice_k, group_size, x.dtype, scale.dtype, zero is not None, key[3]
+            n,
+            k,
+            words * 16 // bits,
+            group_size,
+            x.dtype,
+            scale.dtype,
+            zero is not None,
+            key[3],
+            bits,
         )
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
@@ -260,9 +284,8 @@ def _loaded(
     """The kernel of a form, and the tensor maps of the layer's own tensors."""
     kernel = _kernel(layer.compiled, config, device)
     blocks, rows = -(-layer.k // layer.block_k) * layer.n, layer.groups * layer.n
-    slice_k = layer.block_k // 4
     boxes = kernel.described
-    weight = TensorMaps(boxes[1], torch.int16, (blocks, slice_k), (slice_k, 1))
+    weight = TensorMaps(boxes[1], torch.int16, (blocks, layer.words), (layer.words, 1))
     scale = TensorMaps(boxes[2], layer.scale, (rows,), (1,))
     zero = TensorMaps(boxes[3], torch.int8, (rows,), (1,)) if layer.zero else None
     return kernel, (weight, scale, zero)
