@@ -22,7 +22,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "w4a16_gemm_hopper(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? input_perm,"
-    " Tensor? bias, int group_size) -> Tensor"
+    " Tensor? bias, int group_size, int bits=4) -> Tensor"
 )
 _LIBRARY.define("per_token_quant_int8(Tensor x) -> (Tensor, Tensor)")
 _LIBRARY.define("per_token_quant_int8_asym(Tensor x) -> (Tensor, Tensor, Tensor)")
@@ -109,14 +109,16 @@ def _w4a16_gemm_hopper(
     input_perm: torch.Tensor | None,
     bias: torch.Tensor | None,
     group_size: int,
+    bits: int = 4,
 ) -> torch.Tensor:
     if not _is_current(x):
         with torch.cuda.device(x.device):
-            return _w4a16_gemm_hopper(x, weight, scale, zero, input_perm, bias, group_size)
+            return _w4a16_gemm_hopper(x, weight, scale, zero, input_perm, bias, group_size, bits)
     rows, bias = _rows(x), _dense(bias)
     n = weight.shape[1]
     out = x.new_empty((rows.shape[0], n))
-    _launches().w4a16(rows, weight, scale, zero, bias, out, group_size=group_size, perm=input_perm)
+    launch = _launches().w4a16
+    launch(rows, weight, scale, zero, bias, out, group_size=group_size, perm=input_perm, bits=bits)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
 
 
@@ -231,12 +233,13 @@ def w4a16_gemm_hopper(
     input_perm: torch.Tensor | None,
     bias: torch.Tensor | None,
     group_size: int,
+    bits: int = 4,
 ) -> torch.Tensor:
     """The operator, without the dispatcher where that changes nothing (see ``_direct``)."""
     call: Callable[..., torch.Tensor] = (
         _w4a16_gemm_hopper if _direct(x) else torch.ops.pymllm_kernels.w4a16_gemm_hopper
     )
-    return call(x, weight, scale, zero, input_perm, bias, group_size)
+    return call(x, weight, scale, zero, input_perm, bias, group_size, bits)
 
 
 def w8a8_int8_linear(
@@ -307,6 +310,7 @@ def _fake_w4a16_gemm_hopper(
     input_perm: torch.Tensor | None,
     bias: torch.Tensor | None,
     group_size: int,
+    bits: int = 4,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 

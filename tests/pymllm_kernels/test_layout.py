@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pymllm_kernels.common.packing import pack_words, unpack_words, words_per_line
-from pymllm_kernels.w4a16.layout import BlockedInt8, SlicedInt4, choose_layout
+from pymllm_kernels.w4a16.layout import SlicedInt4, SlicedInt8, choose_layout
 
 SHAPES = [(1, 1), (1, 127), (3, 128), (5, 129), (7, 2112), (300, 64), (257, 100), (0, 128)]
 
@@ -51,10 +51,10 @@ def test_words_refusals(words: torch.Tensor, bits: int, count: int, message: str
 
 
 @pytest.mark.parametrize("block_k", [64, 128])
-@pytest.mark.parametrize("layout_class", [SlicedInt4, BlockedInt8])
+@pytest.mark.parametrize("layout_class", [SlicedInt4, SlicedInt8])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_layout_round_trip(
-    layout_class: type[SlicedInt4 | BlockedInt8], block_k: int, n: int, k: int
+    layout_class: type[SlicedInt4 | SlicedInt8], block_k: int, n: int, k: int
 ) -> None:
     layout = layout_class(block_k)
     codes = torch.randint(0, 1 << layout.bits, (n, k), dtype=torch.uint8)
@@ -76,9 +76,15 @@ def test_sliced_int4_places_every_input() -> None:
         assert (int(packed[block, 1, c]) >> (4 * j)) & 15 == int(codes[1, k])
 
 
-def test_blocked_int8_is_signed() -> None:
-    codes = torch.tensor([[0, 127, 128, 255]], dtype=torch.uint8)
-    assert BlockedInt8(64).pack(codes)[0, 0, :4].tolist() == [-128, -1, 0, 127]
+def test_sliced_int8_places_every_input() -> None:
+    layout = SlicedInt8(128)
+    codes = torch.randint(0, 256, (2, 256), dtype=torch.uint8)
+    packed = layout.pack(codes)
+    for k in (0, 31, 32, 95, 127, 128, 200, 255):
+        block, within = divmod(k, 128)
+        j, c = divmod(within, 32)
+        word = int(packed[block, 1, j // 2 * 32 + c])
+        assert (word >> (8 * (j % 2))) & 255 == int(codes[1, k])
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,6 @@ def test_planned_device_refusals(capability: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"weight_bits": 8}, "weights of 4 bits, found 8"),
         ({"scale_dtype": FP32}, "found torch.float32"),
         ({"n": 4104}, "N a multiple of 16, found 4104"),
         ({"k": 4100, "group_size": -1}, "K a multiple of 8, found 4100"),

@@ -29,6 +29,10 @@ LAYERS = [
     pytest.param(40, 256, 128, 8, True, False, BF16, id="int8-g128"),
     pytest.param(40, 99, -1, 8, False, False, BF16, id="int8-channel-asym"),
     pytest.param(12, 160, 32, 8, False, True, FP16, id="int8-act-order-asym"),
+    pytest.param(33, 192, 64, 8, False, False, BF16, id="int8-g64-asym"),
+    pytest.param(17, 96, 32, 8, True, False, FP16, id="int8-g32-short-block"),
+    pytest.param(7, 100, 20, 8, False, False, BF16, id="int8-g20-asym-spans-words"),
+    pytest.param(20, 2112, 16, 8, True, False, BF16, id="int8-g16-K2112"),
 ]
 
 

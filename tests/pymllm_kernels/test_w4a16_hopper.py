@@ -24,6 +24,8 @@ FORMS = [
     HopperForm(runs=2, parameter_bytes=3),
     HopperForm(runs=4, parameter_bytes=3, same_dtype=False),
     HopperForm(block_k=64, runs=4),
+    HopperForm(bits=8),
+    HopperForm(runs=4, parameter_bytes=3, bits=8),
 ]
 SHAPES = [(16, 64), (400, 1408), (4096, 4096), (4096, 14336), (57344, 8192), (2112, 7168)]
 

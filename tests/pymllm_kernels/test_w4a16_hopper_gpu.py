@@ -31,12 +31,12 @@ def prepared(layer: W4A16Layer) -> W4A16Weight:
 
 
 def configurations(
-    m: int, n: int, k: int, weight: W4A16Weight, group_size: int
+    m: int, n: int, k: int, weight: W4A16Weight, group_size: int, bits: int = 4
 ) -> list[HopperConfig]:
     facts = device_facts(DEVICE)
     form = form_of(
-        4 * weight.weight.shape[2], group_size, weight.scale.dtype, weight.scale.dtype,
-        weight.zero is None,
+        weight.weight.shape[2] * 16 // bits, group_size, weight.scale.dtype, weight.scale.dtype,
+        weight.zero is None, bits,
     )  # fmt: skip
     args = (m, n, k, form, facts.multiprocessors, facts.shared_memory)
     return [config for _, config in candidates(*args)]
@@ -44,49 +44,61 @@ def configurations(
 
 def run(
     x: torch.Tensor, weight: W4A16Weight, bias: torch.Tensor | None, group_size: int,
-    config: HopperConfig | None = None,
+    config: HopperConfig | None = None, bits: int = 4,
 ) -> torch.Tensor:  # fmt: skip
     """The result in memory that was NaN, with NaN beside it that must stay."""
     m, n = x.shape[0], weight.weight.shape[1]
     memory = torch.full((m * n + 4096,), float("nan"), dtype=x.dtype, device=x.device)
     out = memory[2048 : 2048 + m * n].view(m, n)
     launch(
-        x, weight.weight, weight.scale, weight.zero, bias, out, group_size=group_size, config=config
-    )
+        x, weight.weight, weight.scale, weight.zero, bias, out, group_size=group_size, bits=bits,
+        config=config,
+    )  # fmt: skip
     assert memory[:2048].isnan().all() and memory[2048 + m * n :].isnan().all()
     return out
 
 
 @pytest.mark.parametrize(
-    ("group_size", "symmetric", "dtype", "k"),
+    ("bits", "group_size", "symmetric", "dtype", "k"),
     [
-        (128, True, BF16, 1408),
-        (128, False, FP16, 1408),
-        (64, False, BF16, 1408),
-        (32, True, FP16, 1408),
-        (-1, False, BF16, 1408),
-        (256, True, BF16, 1536),
-        (32, False, BF16, 1536),
-        (64, True, BF16, 2112),
-        (16, False, BF16, 2112),
+        (4, 128, True, BF16, 1408),
+        (4, 128, False, FP16, 1408),
+        (4, 64, False, BF16, 1408),
+        (4, 32, True, FP16, 1408),
+        (4, -1, False, BF16, 1408),
+        (4, 256, True, BF16, 1536),
+        (4, 32, False, BF16, 1536),
+        (4, 64, True, BF16, 2112),
+        (4, 16, False, BF16, 2112),
+        (8, 128, True, BF16, 1536),
+        (8, 128, False, FP16, 1408),
+        (8, 64, False, BF16, 1408),
+        (8, 32, True, FP16, 1408),
+        (8, 32, False, BF16, 1536),
+        (8, 32, False, FP16, 1408),
+        (8, -1, False, BF16, 1408),
+        (8, 64, True, FP16, 2112),
+        (8, 16, False, BF16, 2112),
     ],
     ids=str,
 )
-def test_every_configuration(group_size: int, symmetric: bool, dtype: torch.dtype, k: int) -> None:
+def test_every_configuration(
+    bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, k: int
+) -> None:
     n, m = 400, 200
-    layer = make_w4a16(n, k, group_size, symmetric=symmetric, dtype=dtype, device="cuda")
+    layer = make_w4a16(n, k, group_size, bits=bits, symmetric=symmetric, dtype=dtype, device="cuda")
     weight = prepared(layer)
     x = torch.randn(m, k, device="cuda").to(dtype)
     bias = torch.randn(n, device="cuda").to(dtype)
     exact = x.double() @ layer.exact.T + bias.double()
     rounded = F.linear(x, layer.rounded, bias)
-    tried = configurations(m, n, k, weight, group_size)
+    tried = configurations(m, n, k, weight, group_size, bits)
     assert {c.block_m for c in tried} == {8, 16, 32, 64, 128, 256}
     assert {c.consumers for c in tried} == {2, 3, 4}
     for config in tried:
-        out = run(x, weight, bias, group_size, config)
+        out = run(x, weight, bias, group_size, config, bits)
         assert_as_accurate_as_torch(out, exact, rounded)
-        assert torch.equal(run(x, weight, bias, group_size, config), out), config
+        assert torch.equal(run(x, weight, bias, group_size, config, bits), out), config
     assert not counters(DEVICE).any()
 
 
@@ -98,6 +110,17 @@ def test_tokens(m: int, n: int, k: int) -> None:
     weight = prepared(layer)
     x = torch.randn(m, k, device="cuda").to(BF16)
     out = run(x, weight, None, group_size)
+    assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.rounded))
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 17, 50, 130, 257])
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (1040, 4096), (4096, 4096), (2112, 7168)])
+def test_tokens_with_weights_of_8_bits(m: int, n: int, k: int) -> None:
+    layer = make_w4a16(n, k, 64, bits=8, symmetric=m % 2 == 0, device="cuda", seed=m)
+    choice = select_kernel(layer.problem)
+    weight = prepared(layer)
+    x = torch.randn(m, k, device="cuda").to(BF16)
+    out = choice.kernel.apply(layer.problem, x, weight, None)
     assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.rounded))
 
 
@@ -172,27 +195,30 @@ def test_graph(m: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "share", "consumers"),
+    ("bits", "m", "share", "consumers"),
     [
-        (16, 4, 2), (64, 4, 2), (128, 4, 2), (256, 1, 2), (1024, 1, 2), (40, 0, 2),
-        (16, 4, 3), (64, 4, 3), (128, 4, 3), (256, 2, 3), (512, 1, 3), (40, 0, 3),
+        (4, 16, 4, 2), (4, 64, 4, 2), (4, 128, 4, 2), (4, 256, 1, 2), (4, 1024, 1, 2), (4, 40, 0, 2),
+        (4, 16, 4, 3), (4, 64, 4, 3), (4, 128, 4, 3), (4, 256, 2, 3), (4, 512, 1, 3), (4, 40, 0, 3),
+        (8, 16, 4, 2), (8, 64, 4, 2), (8, 128, 4, 2), (8, 1024, 1, 2), (8, 40, 0, 3), (8, 8, 1, 4),
     ],
 )  # fmt: skip
-def test_ten_thousand_launches_give_the_same_bits(m: int, share: int, consumers: int) -> None:
+def test_ten_thousand_launches_give_the_same_bits(
+    bits: int, m: int, share: int, consumers: int
+) -> None:
     """A wgmma register race, or a wrong count of sharers, would show from run to run."""
-    layer = make_w4a16(4096, 4096, 128, device="cuda")
+    layer = make_w4a16(4096, 4096, 128, bits=bits, device="cuda")
     weight = prepared(layer)
     x = torch.randn(m, 4096, device="cuda").to(BF16)
     most = 128 if consumers == 3 else 256
-    found = configurations(m, 4096, 4096, weight, 128)
+    found = configurations(m, 4096, 4096, weight, 128, bits)
     found = [c for c in found if c.share == share and c.consumers == consumers]
     config = next(c for c in found if c.block_m >= min(m, most))
-    first = run(x, weight, None, 128, config)
+    first = run(x, weight, None, 128, config, bits)
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     out = torch.empty_like(first)
     for _ in range(10_000):
         out.fill_(float("nan"))
-        launch(x, *weight[:3], None, out, group_size=128, config=config)
+        launch(x, *weight[:3], None, out, group_size=128, bits=bits, config=config)
         differing += (out != first).any()
     assert differing.item() == 0
 

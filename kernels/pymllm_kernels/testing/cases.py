@@ -52,9 +52,16 @@ W4A16_VARIANTS = (
     W4A16Variant("bf16-g128-act-order", act_order=True),
     W4A16Variant("bf16-int8-g128", bits=8),
     W4A16Variant("bf16-int8-channel-asym", bits=8, group_size=-1, zero=True),
+    W4A16Variant("fp16-int8-g32-asym", dtype=torch.float16, bits=8, group_size=32, zero=True),
 )
 
 _HOPPER_VARIANTS = ("bf16-g128", "fp16-g128", "bf16-g64-asym", "fp16-g32-asym")
+_HOPPER_INT8_VARIANTS = (
+    W4A16Variant("bf16-int8-g128", bits=8),
+    W4A16Variant("bf16-int8-g64-asym", bits=8, group_size=64, zero=True),
+    W4A16Variant("fp16-int8-g32-asym", dtype=torch.float16, bits=8, group_size=32, zero=True),
+    W4A16Variant("bf16-int8-g16", bits=8, group_size=16, block_k=64),
+)
 _DECODE_VARIANTS = (
     *_HOPPER_VARIANTS, "bf16-g128-asym", "bf16-g32", "bf16-channel", "bf16-g128-act-order",
 )  # fmt: skip
@@ -98,7 +105,7 @@ def w4a16_hopper_case(
 
     layer = HopperLayer(
         4096, variant.k, variant.block_k, variant.group_size, variant.dtype, variant.dtype,
-        variant.zero, variant.dtype if bias else None,
+        variant.zero, variant.dtype if bias else None, bits=variant.bits,
     )  # fmt: skip
     form = specialization(layer, config)
     return replace(form, name=f"{form.name}-{variant.name}")
@@ -106,19 +113,31 @@ def w4a16_hopper_case(
 
 def w4a16_hopper_cases() -> Iterator[Specialization]:
     """The weight-only GEMM for Hopper: every measured tile, shared and not, and other groups."""
-    from pymllm_kernels.w4a16.hopper_tuning import HopperForm, candidates
-
     plain, *others = (v for v in W4A16_VARIANTS if v.name in _HOPPER_VARIANTS)
-    every = [c for _, c in candidates(1, 128, 4096, HopperForm(), 132, 227 * 1024)]
-    for config in every:
+    plain_int8, *others_int8 = _HOPPER_INT8_VARIANTS
+    for config in _hopper_tiles(plain):
         if config.share in (1, STREAM_K):
             yield w4a16_hopper_case(plain, config, bias=config.share == 1)
-    for variant in others:
-        form = HopperForm(variant.block_k, max(1, variant.block_k // variant.group_size), 3)
-        found = [c for _, c in candidates(1, 128, 4096, form, 132, 227 * 1024)]
+    for config in _hopper_tiles(plain_int8):
+        if config.share == STREAM_K:
+            yield w4a16_hopper_case(plain_int8, config, bias=False)
+    for variant in (*others, *others_int8):
+        found = _hopper_tiles(variant)
         tiles = {(c.block_m, c.consumers): c for c in found}
         for tile in ((16, 4), (16, 3), (64, 3), (128, 2), (128, 3)):
             yield w4a16_hopper_case(variant, tiles[tile])
+
+
+def _hopper_tiles(variant: W4A16Variant) -> list[HopperW4A16Config]:
+    """Every measured tile as a layer takes it, in every way to share it."""
+    from pymllm_kernels.w4a16.hopper_launch import form_of
+    from pymllm_kernels.w4a16.hopper_tuning import candidates
+
+    form = form_of(
+        variant.block_k, variant.group_size, variant.dtype, variant.dtype, not variant.zero,
+        variant.bits,
+    )  # fmt: skip
+    return [config for _, config in candidates(1, 128, variant.k, form, 132, 227 * 1024)]
 
 
 def w4a16_decode_cases() -> Iterator[Specialization]:

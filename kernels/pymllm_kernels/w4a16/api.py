@@ -17,7 +17,7 @@ class W4A16Weight(NamedTuple):
     Attributes:
         weight: packed codes, see ``layout``.
         scale: ``[G, N]``, floating, the dtype of the checkpoint.
-        zero: int8 ``[G, N]`` or ``None``: zero points, raw for int4, signed for int8.
+        zero: int8 ``[G, N]`` or ``None``: zero points, raw for 4 bits, less 128 for 8.
         group_index: int32 ``[blocks * block_k]`` or ``None``: scale row of every weight column,
             where a slice of the layout spans groups.
         input_perm: int32 ``[K]`` or ``None``: the input at each weight column (act-order).
@@ -139,7 +139,7 @@ def check_arguments(
     if x.dim() == 0:
         raise ValueError("x: found a scalar, accepted [..., K]")
     k = x.shape[-1]
-    block_k = weight.weight.shape[2] * (4 if bits == 4 else 1)
+    block_k = weight.weight.shape[2] * 16 // bits
     if weight.weight.shape[0] != -(-k // block_k):
         raise ValueError(
             f"x: found {k} inputs, the weight holds {weight.weight.shape[0]} blocks of {block_k}"

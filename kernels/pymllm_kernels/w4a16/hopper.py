@@ -178,7 +178,7 @@ def _consumer(
 @gluon.jit(do_not_specialize=["M", "N", "groups", "tiles_m", "tiles_n", "whole", "steps"])
 def w4a16_gemm_hopper(
     x_desc,  # [M, K], boxes [BLOCK_M, 2 * SLICE_K]
-    weight_desc,  # int16 [blocks * N, SLICE_K], boxes [BLOCK_N / BOXES, SLICE_K]
+    weight_desc,  # int16 [blocks * N, WORDS], boxes [BLOCK_N / BOXES, WORDS]
     scale_desc,  # [groups * N], boxes [SCALES_N]
     zero_desc,  # int8 [groups * N] or None
     out_desc,  # [M, N], boxes [BLOCK_M / OUT_PARTS, ROWS], or None
@@ -187,6 +187,7 @@ def w4a16_gemm_hopper(
     part_ptr,  # fp32 [programs * 2 * CONSUMERS * ROWS * BLOCK_M] or None
     count_ptr,  # int32 [programs * CONSUMERS], zero before and after, or None
     M, N, groups, tiles_m, tiles_n, whole, steps, stride_om,
+    BITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     SLICE_K: gl.constexpr,
     RUNS: gl.constexpr,  # groups of a block: 1, 2 or 4
@@ -202,6 +203,7 @@ def w4a16_gemm_hopper(
     REGISTERS: gl.constexpr,  # of a consumer's thread
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = CONSUMERS * ROWS
+    WORDS: gl.constexpr = SLICE_K * BITS // 4
     # Shapes in shared memory are powers of two: three consumers have a box of weights each, and
     # their scales come with those of the next 64 features.
     BOXES: gl.constexpr = 3 if CONSUMERS == 3 else 1
@@ -210,7 +212,7 @@ def w4a16_gemm_hopper(
         HALF, [SLOTS * SPAN * 2, BLOCK_M, 2 * SLICE_K], x_desc.layout
     )
     weight_smem = gl.allocate_shared_memory(
-        weight_desc.dtype, [SLOTS * SPAN * BOXES, BLOCK_N // BOXES, SLICE_K], weight_desc.layout
+        weight_desc.dtype, [SLOTS * SPAN * BOXES, BLOCK_N // BOXES, WORDS], weight_desc.layout
     )
     scale_smem = gl.allocate_shared_memory(
         scale_desc.dtype, [SLOTS * SPAN * RUNS, SCALES_N], scale_desc.layout
@@ -237,7 +239,7 @@ def w4a16_gemm_hopper(
         0 if zero_desc is None else 1
     )
     BYTES: gl.constexpr = SPAN * (
-        2 * BLOCK_N * SLICE_K + SCALES_N * RUNS * PARAMETER_BYTES + 8 * BLOCK_M * SLICE_K
+        2 * BLOCK_N * WORDS + SCALES_N * RUNS * PARAMETER_BYTES + 8 * BLOCK_M * SLICE_K
     )
     sources = (x_desc, weight_desc, scale_desc, zero_desc)
     shared = (x_smem, weight_smem, scale_smem, zero_smem, full, empty, out_smem)

@@ -7,6 +7,102 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from pymllm_kernels.w4a16.kernel import or_magic_int4
+from pymllm_kernels.w4a16.unpack_int8 import less_128_over_128, less_zero_over_128, magic_int8
+
+
+@gluon.jit
+def _zero(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, A: gl.constexpr):
+    """Zero points of this consumer's rows as they are stored, fp32 ``[ROWS, 1]``."""
+    _, _, _, zero_smem, _, _, _ = shared
+    zero = zero_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, A))
+    return gl.expand_dims(zero.to(gl.float32), 1)
+
+
+@gluon.jit
+def _scaled(
+    weight, shared, place, J: gl.constexpr, CONSUMER: gl.constexpr, ROWS: gl.constexpr,
+    RUNS: gl.constexpr, A: gl.constexpr,
+):  # fmt: skip
+    """Slice J of weights times its scale, rounded to 16 bits."""
+    x_smem, weight_smem, scale_smem, _, _, _, _ = shared
+    run = place * RUNS + J * RUNS // 4
+    scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, A))
+    scale = scale.to(x_smem.dtype)
+    if weight_smem.shape[2] == x_smem.shape[2] and x_smem.dtype == gl.bfloat16:
+        scale *= 128.0
+    return weight * gl.expand_dims(scale, 1)
+
+
+@gluon.jit
+def _rows(shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr):
+    """This consumer's rows of a block of packed weights."""
+    x_smem, weight_smem, _, _, _, _, _ = shared
+    # One box a place, or one a consumer.
+    BOXES: gl.constexpr = 2 * weight_smem.shape[0] // x_smem.shape[0]
+    BOX_ROWS: gl.constexpr = weight_smem.shape[1]
+    box = weight_smem.index(place * BOXES + CONSUMER * ROWS // BOX_ROWS)
+    return box.slice(CONSUMER * ROWS % BOX_ROWS, ROWS)
+
+
+@gluon.jit
+def _weights_int4(
+    shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    A: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """The 4 slices of this consumer's rows in registers: ``code - zero``, exact, or scaled."""
+    x_smem, _, _, zero_smem, _, _, _ = shared
+    HALF: gl.constexpr = x_smem.dtype
+    OFFSET: gl.constexpr = 128.0 if HALF == gl.bfloat16 else 1024.0
+    codes = or_magic_int4(_rows(shared, place, CONSUMER, ROWS).load(A), HALF)
+    weights = ()
+    for j in gl.static_range(4):
+        if zero_smem is None:
+            w = codes[j] - (OFFSET + 8.0)
+        else:
+            zero = _zero(shared, place * RUNS + j * RUNS // 4, CONSUMER, ROWS, A)
+            w = codes[j] - (zero + OFFSET).to(HALF)
+        if SCALE_WEIGHTS:
+            w = _scaled(w, shared, place, j, CONSUMER, ROWS, RUNS, A)
+        weights += (w,)
+    return weights
+
+
+@gluon.jit
+def _half_int8(
+    shared, place, H: gl.constexpr, CONSUMER: gl.constexpr, ROWS: gl.constexpr,
+    RUNS: gl.constexpr, A: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Slices 2 H and 2 H + 1, as ``_weights_int4``; exact bf16 is in 128ths."""
+    x_smem, _, _, zero_smem, _, _, _ = shared
+    HALF: gl.constexpr = x_smem.dtype
+    SLICE_K: gl.constexpr = x_smem.shape[2] // 2
+    words = _rows(shared, place, CONSUMER, ROWS).slice(H * SLICE_K, SLICE_K, 1).load(A)
+    if zero_smem is not None:
+        # Zero points are stored less 128.
+        run = place * RUNS + H * RUNS // 2
+        low_zero = _zero(shared, run, CONSUMER, ROWS, A) + 128.0
+        high_zero = low_zero
+        if RUNS == 4:
+            high_zero = _zero(shared, run + 1, CONSUMER, ROWS, A) + 128.0
+    if HALF == gl.bfloat16:
+        if zero_smem is None:
+            low, high = less_128_over_128(words)
+        else:
+            low_addend = (low_zero * (-1.0 / 128.0)).to(HALF)
+            high_addend = (high_zero * (-1.0 / 128.0)).to(HALF)
+            low, high = less_zero_over_128(words, low_addend, high_addend)
+    else:
+        low, high = magic_int8(words, HALF)
+        if zero_smem is None:
+            low -= 1152.0
+            high -= 1152.0
+        else:
+            low -= (low_zero + 1024.0).to(HALF)
+            high -= (high_zero + 1024.0).to(HALF)
+    if SCALE_WEIGHTS:
+        low = _scaled(low, shared, place, 2 * H, CONSUMER, ROWS, RUNS, A)
+        high = _scaled(high, shared, place, 2 * H + 1, CONSUMER, ROWS, RUNS, A)
+    return low, high
 
 
 @gluon.jit
@@ -14,37 +110,26 @@ def _weights(
     shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
     MMA: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    """The 4 slices of this consumer's rows in registers: integers, or scaled and rounded."""
-    x_smem, weight_smem, scale_smem, zero_smem, _, _, _ = shared
+    x_smem, weight_smem, _, _, _, _, _ = shared
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
-    OF_ROWS: gl.constexpr = gl.SliceLayout(1, A)
-    HALF: gl.constexpr = x_smem.dtype
-    OFFSET: gl.constexpr = 128.0 if HALF == gl.bfloat16 else 1024.0
-    # One box of weights a place, or one a consumer.
-    BOXES: gl.constexpr = 2 * weight_smem.shape[0] // x_smem.shape[0]
-    BOX_ROWS: gl.constexpr = weight_smem.shape[1]
-    box = weight_smem.index(place * BOXES + CONSUMER * ROWS // BOX_ROWS)
-    codes = or_magic_int4(box.slice(CONSUMER * ROWS % BOX_ROWS, ROWS).load(A), HALF)
-    weights = ()
-    for j in gl.static_range(4):
-        run = place * RUNS + j * RUNS // 4
-        if zero_smem is None:
-            w = codes[j] - (OFFSET + 8.0)
-        else:
-            zero = zero_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(OF_ROWS)
-            w = codes[j] - gl.expand_dims((zero.to(gl.float32) + OFFSET).to(HALF), 1)
-        if SCALE_WEIGHTS:
-            scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(OF_ROWS)
-            w = w * gl.expand_dims(scale.to(HALF), 1)
-        weights += (w,)
-    return weights
+    if weight_smem.shape[2] == x_smem.shape[2]:
+        a, b = _half_int8(shared, place, 0, CONSUMER, ROWS, RUNS, A, SCALE_WEIGHTS)
+        c, d = _half_int8(shared, place, 1, CONSUMER, ROWS, RUNS, A, SCALE_WEIGHTS)
+    else:
+        a, b, c, d = _weights_int4(shared, place, CONSUMER, ROWS, RUNS, A, SCALE_WEIGHTS)
+    return a, b, c, d
 
 
 @gluon.jit
 def _scale(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr):
-    _, _, scale_smem, _, _, _, _ = shared
+    """fp32 ``[ROWS, 1]``, of weights as they come."""
+    x_smem, weight_smem, scale_smem, _, _, _, _ = shared
     scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, MMA))
-    return gl.expand_dims(scale.to(gl.float32), 1)
+    scale = scale.to(gl.float32)
+    if weight_smem.shape[2] == x_smem.shape[2] and x_smem.dtype == gl.bfloat16:
+        # Codes of 8 bits come in 128ths.
+        scale *= 128.0
+    return gl.expand_dims(scale, 1)
 
 
 @gluon.jit

@@ -122,6 +122,8 @@ def why_invalid(config: DecodeConfig, m: int, form: HopperForm, shared_memory: i
     """``None`` if ``m`` tokens of a layer of this form can be run, else the reason."""
     if m > config.block_m:
         return f"{config} takes up to {config.block_m} tokens, found {m}"
+    if form.bits != 4:
+        return f"{config} takes codes of 4 bits, found {form.bits}"
     if form.block_k != 128:
         return f"{config} takes the layout with blocks of 128 inputs, found {form.block_k}"
     measured = _OF_CONFIG.get(config)

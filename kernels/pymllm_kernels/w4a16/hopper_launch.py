@@ -37,11 +37,16 @@ _MOST_PREPARED = 65536
 
 
 def form_of(
-    block_k: int, group_size: int, act: torch.dtype, scale: torch.dtype, symmetric: bool
+    block_k: int,
+    group_size: int,
+    act: torch.dtype,
+    scale: torch.dtype,
+    symmetric: bool,
+    bits: int = 4,
 ) -> HopperForm:
     """The form of a layer."""
     runs = 1 if group_size == -1 or group_size >= block_k else block_k // group_size
-    return HopperForm(block_k, runs, scale.itemsize + (not symmetric), act == scale)
+    return HopperForm(block_k, runs, scale.itemsize + (not symmetric), act == scale, bits)
 
 
 class HopperLayer(NamedTuple):
@@ -57,6 +62,7 @@ class HopperLayer(NamedTuple):
         zero: whether there are zero points.
         bias: dtype of the bias, ``None`` for none.
         act_order: whether activations are put in the order of the weight's columns first.
+        bits: of a code, 4 or 8.
     """
 
     n: int
@@ -68,11 +74,14 @@ class HopperLayer(NamedTuple):
     zero: bool
     bias: torch.dtype | None
     act_order: bool = False
+    bits: int = 4
 
     @property
     def form(self) -> HopperForm:
         """What the choice of the configuration depends on."""
-        return form_of(self.block_k, self.group_size, self.act, self.scale, not self.zero)
+        return form_of(
+            self.block_k, self.group_size, self.act, self.scale, not self.zero, self.bits
+        )
 
     @property
     def compiled(self) -> HopperLayer:
@@ -83,8 +92,13 @@ class HopperLayer(NamedTuple):
     def tuning_key(self) -> TuningKey:
         """Under which its configurations are stored."""
         return hopper_key(
-            self.n, self.k, self.group_size, self.act, self.scale, symmetric=not self.zero
+            self.n, self.k, self.group_size, self.act, self.scale, not self.zero, self.bits
         )
+
+    @property
+    def words(self) -> int:
+        """16-bit words of a row of a block."""
+        return self.block_k * self.bits // 16
 
     @property
     def groups(self) -> int:
@@ -111,13 +125,14 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
     sizes = ("M", "N", "groups", "tiles_m", "tiles_n", "whole", "steps", "stride_om")
     signature = {
         "x_desc": _tile_type(layer.act, config.block_m, 2 * slice_k),
-        "weight_desc": _tile_type(torch.int16, config.weight_box_n, slice_k),
+        "weight_desc": _tile_type(torch.int16, config.weight_box_n, layer.words),
         "scale_desc": _row_type(layer.scale, config.scales_n),
         "out_ptr": pointer,
         **{name: kind for name, kind in optional.items() if kind is not None},
         **dict.fromkeys(sizes, "i32"),
     }
     constants = {
+        "BITS": layer.bits,
         "GROUP_SIZE": _ONE_GROUP if layer.group_size == -1 else layer.group_size,
         "SLICE_K": slice_k,
         "RUNS": layer.form.runs,
@@ -135,7 +150,7 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         "REGISTERS": CONSUMER_REGISTERS[config.consumers],
     }
     return Specialization(
-        f"w4a16-hopper-{config.block_m}x{config.block_n}{'-shared' * shared}",
+        f"w{layer.bits}a16-hopper-{config.block_m}x{config.block_n}{'-shared' * shared}",
         w4a16_gemm_hopper,
         signature,
         {**constants, **{name: None for name, kind in optional.items() if kind is None}},
@@ -162,6 +177,7 @@ def launch(
     *,
     group_size: int,
     perm: torch.Tensor | None = None,
+    bits: int = 4,
     config: HopperConfig | DecodeConfig | None = None,
 ) -> None:
     """Fills a contiguous ``out [M, N]`` from ``x [M, K]`` on the current device.
@@ -171,7 +187,7 @@ def launch(
     the weight, ``None`` for their order.
     """
     m, k = x.shape
-    _, n, slice_k = weight.shape
+    _, n, words = weight.shape
     if m == 0:
         return
     if perm is None:
@@ -179,14 +195,14 @@ def launch(
     # The stride of a single row may be anything.
     strides = (x.stride(0) if m > 1 else k, x.stride(1))
     key = (
-        x.dtype, scale.dtype, zero is None, None if bias is None else bias.dtype, n, k, slice_k,
+        x.dtype, scale.dtype, zero is None, None if bias is None else bias.dtype, n, k, words, bits,
         group_size, perm is None, m, strides, x.get_device(), config, state.generation,
     )  # fmt: skip
     prepared = _PREPARED.get(key)
     if prepared is None:
         layer = HopperLayer(
-            n, k, 4 * slice_k, group_size, x.dtype, scale.dtype, zero is not None, key[3],
-            perm is not None,
+            n, k, words * 16 // bits, group_size, x.dtype, scale.dtype, zero is not None, key[3],
+            perm is not None, bits,
         )  # fmt: skip
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
@@ -271,9 +287,8 @@ def _loaded(
     """The kernel of a form, and the tensor maps of the layer's own tensors."""
     kernel = _kernel(layer.compiled, config, device)
     blocks, rows = -(-layer.k // layer.block_k) * layer.n, layer.groups * layer.n
-    slice_k = layer.block_k // 4
     boxes = kernel.described
-    weight = TensorMaps(boxes[1], torch.int16, (blocks, slice_k), (slice_k, 1))
+    weight = TensorMaps(boxes[1], torch.int16, (blocks, layer.words), (layer.words, 1))
     scale = TensorMaps(boxes[2], layer.scale, (rows,), (1,))
     zero = TensorMaps(boxes[3], torch.int8, (rows,), (1,)) if layer.zero else None
     return kernel, (weight, scale, zero)

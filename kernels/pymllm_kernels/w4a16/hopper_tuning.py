@@ -75,12 +75,14 @@ class HopperForm:
         parameter_bytes: bytes of the scale, and of the zero point if there is one, of a row.
         same_dtype: whether scales have the activations' dtype. Others are not rounded to it, so
             only partial sums can take them.
+        bits: of a code, 4 or 8.
     """
 
     block_k: int = 128
     runs: int = 1
     parameter_bytes: int = 2
     same_dtype: bool = True
+    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,15 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
 )
 
 
+# What a block of 8-bit codes costs, 1 for one of 4 bits, by tokens of a tile; estimated. Twice the bytes
+# to fetch beside the same activations, and 165 instead of 183 instructions a block of 128 tokens.
+_COST_OF_8_BITS = {8: 1.8, 16: 1.75, 32: 1.6, 64: 1.3, 128: 1.05, 256: 1.15}
+
+
 def shared_memory_bytes(config: HopperConfig, form: HopperForm) -> int:
     """Shared memory of the ring, its barriers and the store buffers."""
     block = (
-        config.block_n * form.block_k // 2
+        config.block_n * form.block_k * form.bits // 8
         + config.scales_n * form.runs * form.parameter_bytes
         + config.block_m * form.block_k * 2
     )
@@ -217,6 +224,8 @@ def why_invalid(config: HopperConfig, form: HopperForm, shared_memory: int) -> s
             f"{config} needs {registers} registers of {CONSUMER_REGISTERS[config.consumers]} with "
             f"{form.runs} groups a block"
         )
+    if form.bits == 8 and config.block_m == 256 and config.share != 1:
+        return f"{config} spills registers where tiles of codes of 8 bits are shared"
     needed = shared_memory_bytes(config, form)
     if needed > shared_memory:
         return f"{config} needs {needed} bytes of shared memory, there are {shared_memory}"
@@ -224,12 +233,13 @@ def why_invalid(config: HopperConfig, form: HopperForm, shared_memory: int) -> s
 
 
 def _registers(config: HopperConfig, form: HopperForm) -> int:
-    """Of a consumer's thread: accumulators, unpacked weights, and 16 for the rest.
+    """Of a consumer's thread: accumulators, weights (of 8 bits also packed), and 16 for the rest.
 
     Forms above their share were seen to spill or to have each wgmma waited for (C7511, C7512).
     """
     sums = 1 if config.scale_weights else 1 + max(form.runs, config.span)
-    return sums * config.block_m // 2 + config.span * form.block_k // 4 + 16
+    packed = form.block_k // 16 if form.bits == 8 else 0
+    return sums * config.block_m // 2 + config.span * form.block_k // 4 + packed + 16
 
 
 def plan(
@@ -257,7 +267,7 @@ def candidates(
         for share in (1, STREAM_K, *range(2, min(most, 8) + 1)):
             config = replace(base, share=share)
             grid = plan(config, m, n, k, form, multiprocessors)
-            if grid is None:
+            if grid is None or why_invalid(config, form, shared_memory):
                 continue
             if share == 1:
                 start, block = cost.whole
@@ -268,6 +278,7 @@ def candidates(
             else:
                 start, block = cost.even
                 rounds = 1 / share
+            block *= _COST_OF_8_BITS[base.block_m] if form.bits == 8 else 1.0
             yield start + block * rounds * blocks * _rereading(base, grid.tiles_m), config
 
 
@@ -284,13 +295,16 @@ def _rereading(config: HopperConfig, tiles_m: int) -> float:
 
 
 def _fit_ring(config: HopperConfig, form: HopperForm, shared_memory: int) -> HopperConfig | None:
-    """The measured configuration as this form can run it: one block a slot, fewer slots."""
+    """The measured configuration as this form can run it: one block a slot, smaller buffers."""
     if form.runs > 1 and config.span == 2:
         config = replace(config, span=1, slots=2 * config.slots)
     while why_invalid(config, form, shared_memory):
         if config.slots == 2:
             return None
-        config = replace(config, slots=config.slots - 1)
+        if 0 < config.out_parts < 4:
+            config = replace(config, out_parts=2 * config.out_parts)
+        else:
+            config = replace(config, slots=config.slots - 1)
     return config
 
 

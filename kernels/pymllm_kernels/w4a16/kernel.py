@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from pymllm_kernels.common.triton_helpers import grouped_tile
+from pymllm_kernels.w4a16.unpack_int8 import magic_int8
 
 # One 32-bit register of two 16-bit words in, four registers of two 16-bit floats out.
 _OR_MAGIC = """{
@@ -58,8 +59,8 @@ def _load_codes(
     MAGIC: tl.constexpr,
 ):  # fmt: skip
     """The 4 slices of a weight tile as numbers, each too large by the kernel's OFFSET."""
+    words = tl.load(tile_ptr, mask=mask, other=0)
     if BITS == 4:
-        words = tl.load(tile_ptr, mask=mask, other=0)
         if MAGIC:
             return or_magic_int4(words, COMPUTE)
         else:
@@ -70,12 +71,18 @@ def _load_codes(
                 ((words >> 12) & 15).to(COMPUTE),
             )
     else:
-        return (
-            tl.load(tile_ptr, mask=mask, other=0).to(COMPUTE),
-            tl.load(tile_ptr + SLICE_K, mask=mask, other=0).to(COMPUTE),
-            tl.load(tile_ptr + 2 * SLICE_K, mask=mask, other=0).to(COMPUTE),
-            tl.load(tile_ptr + 3 * SLICE_K, mask=mask, other=0).to(COMPUTE),
-        )
+        more = tl.load(tile_ptr + SLICE_K, mask=mask, other=0)
+        if MAGIC:
+            a, b = magic_int8(words, COMPUTE)
+            c, d = magic_int8(more, COMPUTE)
+            return a, b, c, d
+        else:
+            return (
+                (words & 255).to(COMPUTE),
+                ((words >> 8) & 255).to(COMPUTE),
+                (more & 255).to(COMPUTE),
+                ((more >> 8) & 255).to(COMPUTE),
+            )
 
 
 @triton.jit
@@ -101,7 +108,7 @@ def w4a16_gemm_kernel(
     perm_ptr,  # int32 [K] or None: input of the layer at position k of the weight
     weight_ptr,  # see layout.py, [blocks, N, words]
     scale_ptr,  # [G, N], floating
-    zero_ptr,  # int8 [G, N] or None
+    zero_ptr,  # int8 [G, N] or None; less 128 where BITS is 8
     group_ptr,  # int32 [blocks * BLOCK_K] or None: scale row of every weight column
     bias_ptr,  # [N] or None
     out_ptr,  # [M, N]
@@ -112,12 +119,12 @@ def w4a16_gemm_kernel(
     SLICE_K: tl.constexpr,
     COMPUTE: tl.constexpr,
     MAGIC: tl.constexpr,
-    OFFSET: tl.constexpr,  # what a loaded code is too large by: 128 or 1024 with MAGIC, else 0
+    OFFSET: tl.constexpr,  # what a loaded code is too large by; see launch.py
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     BLOCK_K: tl.constexpr = 4 * SLICE_K
-    WORDS: tl.constexpr = SLICE_K if BITS == 4 else BLOCK_K
+    WORDS: tl.constexpr = SLICE_K * BITS // 4
     # Consecutive slices that share a scale: all 4, 2 or 1.
     CHANNEL: tl.constexpr = GROUP_SIZE == -1
     if CHANNEL or GROUP_SIZE % BLOCK_K == 0:
@@ -126,9 +133,9 @@ def w4a16_gemm_kernel(
         RUN: tl.constexpr = 2
     else:
         RUN: tl.constexpr = 1
-    # Symmetric int4 codes are 0..15 around 8; int8 codes are stored signed.
-    SYMMETRIC_ZERO: tl.constexpr = 8.0 if BITS == 4 else 0.0
-    ZERO: tl.constexpr = SYMMETRIC_ZERO + OFFSET
+    ZERO: tl.constexpr = OFFSET + (8.0 if BITS == 4 else 128.0)
+    # Of a zero point as it is stored.
+    ZERO_OFFSET: tl.constexpr = OFFSET + (0.0 if BITS == 4 else 128.0)
 
     tile_m, tile_n = grouped_tile(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
@@ -158,7 +165,7 @@ def w4a16_gemm_kernel(
                 zero = ZERO
                 if zero_ptr is not None:
                     zero = tl.load(zero_ptr + at, mask=mask_n[:, None], other=0).to(tl.float32)
-                    zero += OFFSET
+                    zero += ZERO_OFFSET
                 scale = tl.load(scale_ptr + at, mask=mask_n[:, None], other=0.0).to(tl.float32)
                 w = ((codes[j].to(tl.float32) - zero) * scale).to(COMPUTE)
                 partial = tl.dot(w, x, partial, input_precision="ieee")
@@ -170,8 +177,8 @@ def w4a16_gemm_kernel(
                     g = 0 if CHANNEL else tl.minimum(k_start // GROUP_SIZE, groups - 1)
                     at = tl.cast(g, tl.int64) * N + rn
                     if zero_ptr is not None:
-                        zero = tl.load(zero_ptr + at, mask=mask_n, other=0).to(tl.float32) + OFFSET
-                        zero = zero.to(COMPUTE)[:, None]
+                        zero = tl.load(zero_ptr + at, mask=mask_n, other=0).to(tl.float32)
+                        zero = (zero + ZERO_OFFSET).to(COMPUTE)[:, None]
                     else:
                         zero = tl.full((1, 1), ZERO, COMPUTE)
                 w = codes[j] - zero

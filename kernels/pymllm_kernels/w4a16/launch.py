@@ -20,6 +20,14 @@ from pymllm_kernels.w4a16.tuning import Config, Form
 
 _TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
+# What codes are too large by where they are made of bits instead of converted.
+_MAGIC_OFFSET = {
+    (4, torch.bfloat16): 128.0,
+    (4, torch.float16): 1024.0,
+    (8, torch.bfloat16): -128.0,
+    (8, torch.float16): 1024.0,
+}
+
 
 class TritonForm(NamedTuple):
     """What a compiled kernel depends on; M is not part of it.
@@ -63,8 +71,8 @@ def specialization(key: TritonForm) -> Specialization:
     """
     form, config = key.form, key.config
     compute = torch.float32 if key.device == "cpu" else key.act
-    magic = form.bits == 4 and key.device == "cuda"
-    offset = (128.0 if compute == torch.bfloat16 else 1024.0) if magic else 0.0
+    magic = key.device == "cuda"
+    offset = _MAGIC_OFFSET[form.bits, compute] if magic else 0.0
     optional = {
         "perm_ptr": "*i32" if key.act_order else None,
         "zero_ptr": "*i8" if key.zero else None,
@@ -74,7 +82,7 @@ def specialization(key: TritonForm) -> Specialization:
     stride = "i64" if key.wide else "i32"
     signature = {
         "x_ptr": pointer_type(key.act),
-        "weight_ptr": "*i16" if form.bits == 4 else "*i8",
+        "weight_ptr": "*i16",
         "scale_ptr": pointer_type(key.scale),
         "out_ptr": pointer_type(key.act),
         **{name: kind for name, kind in optional.items() if kind is not None},
@@ -150,7 +158,7 @@ def launch(
     if config is None:
         key = triton_key(bits, n, k, group_size, x.dtype, group_index is not None)
         config = config_for(TRITON, key, m, facts)
-    block_k = weight.shape[2] * (4 if bits == 4 else 1)
+    block_k = weight.shape[2] * 16 // bits
     # The strides of a single row may be anything.
     stride_xm, stride_om = (x.stride(0), out.stride(0)) if m > 1 else (k, n)
     stride_xk, stride_wb = x.stride(1), weight.stride(0)

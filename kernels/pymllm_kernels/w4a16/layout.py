@@ -8,7 +8,8 @@ Kernel:      K is cut into blocks of ``block_k`` and a block into 4 slices of ``
 code of input ``block * block_k + j * (block_k / 4) + c``. Shifting a whole tile of words by ``4 j``
 therefore gives the weights of slice ``j``, and the activations of a slice are neighbours, so neither
 operand needs a shuffle after unpacking.
-``BlockedInt8`` int8 ``[K / block_k, N, block_k]``: signed codes in input order.
+``SlicedInt8`` int16 ``[K / block_k, N, block_k / 2]``: word ``h * (block_k / 4) + c`` holds the codes of
+input ``c`` of slices ``2 h`` (low byte) and ``2 h + 1`` (high byte).
 
 A last block that K does not fill holds code 0 there; the kernel multiplies it by zeros.
 """
@@ -32,7 +33,7 @@ class WeightLayout:
     block_k: int
 
     bits = 0
-    dtype = torch.int8
+    dtype = torch.int16
 
     @property
     def slice_k(self) -> int:
@@ -113,22 +114,28 @@ class SlicedInt4(WeightLayout):
 
 
 @dataclass(frozen=True)
-class BlockedInt8(WeightLayout):
-    """int8 codes, block by block."""
+class SlicedInt8(WeightLayout):
+    """Two times two slices of 8-bit codes interleaved in 16-bit words."""
 
     bits = 8
-    dtype = torch.int8
+    dtype = torch.int16
 
     def shape(self, n: int, k: int) -> tuple[int, int, int]:
-        return (-(-k // self.block_k), n, self.block_k)
+        return (-(-k // self.block_k), n, 2 * self.slice_k)
 
     def _pack_rows(self, codes: torch.Tensor, out: torch.Tensor) -> None:
-        signed = (self._blocks(codes) ^ 128).view(torch.int8)
-        out.copy_(signed.reshape(out.shape))
+        blocks = self._blocks(codes)
+        octets = torch.empty(*out.shape, 2, dtype=torch.uint8, device=codes.device)
+        halves = octets.view(*out.shape[:2], 2, self.slice_k, 2)
+        halves[..., 0] = blocks[:, :, 0::2]
+        halves[..., 1] = blocks[:, :, 1::2]
+        out.copy_(octets.view(torch.int16).squeeze(-1))
 
     def unpack(self, packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
-        codes = packed.permute(1, 0, 2).reshape(n, self._padded(k))[:, :k].contiguous()
-        return codes.view(torch.uint8) ^ 128
+        octets = packed.contiguous().view(torch.uint8)
+        halves = octets.reshape(packed.shape[0], n, 2, self.slice_k, 2)
+        codes = halves.permute(1, 0, 2, 4, 3).reshape(n, self._padded(k))
+        return codes[:, :k].contiguous()
 
 
 def choose_layout(bits: int, k: int, group_size: int) -> WeightLayout:
@@ -137,7 +144,7 @@ def choose_layout(bits: int, k: int, group_size: int) -> WeightLayout:
     Blocks of 64 are for groups that are a multiple of 16 but not of 32 (a slice then still lies in
     one group) and for K whose padding to 128 would add more than 2 % to the weight.
     """
-    cls = {4: SlicedInt4, 8: BlockedInt8}[bits]
+    cls = {4: SlicedInt4, 8: SlicedInt8}[bits]
     if group_size > 0 and group_size % 16 == 0 and group_size % 32 != 0:
         return cls(64)
     padded_128, padded_64 = -(-k // 128) * 128, -(-k // 64) * 64

@@ -121,10 +121,10 @@ class HopperW4A16(TritonW4A16):
     ) -> list[Form]:  # fmt: skip
         from pymllm_kernels.w4a16 import hopper_launch
 
-        block_k = choose_layout(4, problem.k, problem.group_size).block_k
+        block_k = choose_layout(problem.weight_bits, problem.k, problem.group_size).block_k
         layer = hopper_launch.HopperLayer(
             problem.n, problem.k, block_k, problem.group_size, problem.act_dtype,
-            problem.scale_dtype, not problem.symmetric, bias, problem.act_order,
+            problem.scale_dtype, not problem.symmetric, bias, problem.act_order, problem.weight_bits,
         )  # fmt: skip
         return hopper_launch.forms(layer, config or self.configured(problem, m))
 
@@ -149,8 +149,9 @@ class HopperW4A16(TritonW4A16):
     ) -> torch.Tensor:
         check_call(x, weight.weight, bias, problem.n)
         return ops.w4a16_gemm_hopper(
-            x, weight.weight, weight.scale, weight.zero, weight.input_perm, bias, problem.group_size
-        )
+            x, weight.weight, weight.scale, weight.zero, weight.input_perm, bias,
+            problem.group_size, problem.weight_bits,
+        )  # fmt: skip
 
 
 class CpuInt4Pack(W4A16Kernel):
@@ -254,15 +255,14 @@ def _wrong_scheme(problem: LinearProblem) -> str | None:
 
 def _why_not_tma(problem: LinearProblem) -> str | None:
     """Why the layer's tensors are not what the copy engine and the kernel's loop take."""
-    if problem.weight_bits != 4:
-        return f"takes weights of 4 bits, found {problem.weight_bits}"
     if problem.scale_dtype not in api.ACT_DTYPES:
         return f"takes scales in bf16 or fp16, found {problem.scale_dtype}"
     if problem.n % 16:
         return f"copies rows of scales in 16 bytes: takes N a multiple of 16, found {problem.n}"
     if problem.k % 8:
         return f"copies activations in 16 bytes: takes K a multiple of 8, found {problem.k}"
-    group, block_k = problem.group_size, choose_layout(4, problem.k, problem.group_size).block_k
+    group = problem.group_size
+    block_k = choose_layout(problem.weight_bits, problem.k, group).block_k
     if group != -1 and group % block_k and group not in (block_k // 2, block_k // 4):
         return (
             f"takes group sizes {block_k // 4}, {block_k // 2} and multiples of {block_k} "

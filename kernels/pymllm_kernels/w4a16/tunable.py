@@ -1,7 +1,7 @@
 """The weight-only kernels as the tuner and the lookup see them.
 
-Variants of a key: ``zero`` (zero points) and ``scale=DTYPE`` (scales in another dtype than the
-activations) for the Hopper kernels; ``bits=8`` and ``spans`` (slices that span groups) for the
+Variants of a key: ``bits=8``, ``zero`` (zero points) and ``scale=DTYPE`` (scales in another dtype than
+the activations) for the Hopper kernels; ``bits=8`` and ``spans`` (slices that span groups) for the
 plain one.
 """
 
@@ -38,7 +38,7 @@ class HopperTunable(Tunable):
     def key_of(self, problem: LinearProblem) -> TuningKey:
         return hopper_key(
             problem.n, problem.k, problem.group_size, problem.act_dtype, problem.scale_dtype,
-            problem.symmetric,
+            problem.symmetric, problem.weight_bits,
         )  # fmt: skip
 
     def rule(self, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
@@ -115,9 +115,12 @@ def hopper_key(
     act_dtype: torch.dtype,
     scale_dtype: torch.dtype,
     symmetric: bool,
+    bits: int = 4,
 ) -> TuningKey:
     """The key of a layer of :data:`HOPPER`."""
-    words = [] if symmetric else ["zero"]
+    words = ["bits=8"] if bits == 8 else []
+    if not symmetric:
+        words.append("zero")
     if scale_dtype != act_dtype:
         words.append(f"scale={dtype_name(scale_dtype)}")
     return TuningKey(HOPPER.operation, n, k, group_size, dtype_name(act_dtype), " ".join(words))
@@ -132,8 +135,9 @@ def hopper_form(key: TuningKey) -> HopperForm:
     words = key.variant.split()
     scales = [word.partition("=")[2] for word in words if word.startswith("scale=")]
     scale = getattr(torch, scales[0]) if scales else act
-    block_k = choose_layout(4, key.k, key.group_size).block_k
-    return form_of(block_k, key.group_size, act, scale, "zero" not in words)
+    bits = 8 if "bits=8" in words else 4
+    block_k = choose_layout(bits, key.k, key.group_size).block_k
+    return form_of(block_k, key.group_size, act, scale, "zero" not in words, bits)
 
 
 def triton_key(

@@ -181,6 +181,7 @@ def test_keys_hold_what_changes_the_best_configuration() -> None:
     keys = {
         key(4096, 4096, 128, bf16, bf16, True),
         key(4096, 4096, 128, bf16, bf16, False),
+        key(4096, 4096, 128, bf16, bf16, True, bits=8),
         key(4096, 4096, 128, bf16, fp16, True),
         key(4096, 4096, 128, fp16, fp16, True),
         key(4096, 4096, 64, bf16, bf16, True),
@@ -189,4 +190,4 @@ def test_keys_hold_what_changes_the_best_configuration() -> None:
         w8a8_tunable.hopper_key(4096, 4096, bf16, False, False),
         w8a8_tunable.hopper_key(4096, 4096, bf16, True, True),
     }
-    assert len(keys) == 9
+    assert len(keys) == 10
