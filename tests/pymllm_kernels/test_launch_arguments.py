@@ -15,6 +15,7 @@ from pymllm_kernels.common import launcher
 from pymllm_kernels.gather_inputs import launch as gather
 from pymllm_kernels.per_token_quant_int8 import launch as quant
 from pymllm_kernels.w4a16 import hopper_decode_launch, hopper_launch
+from pymllm_kernels.w8a8_int8 import hopper_decode_launch as w8a8_decode_launch
 from pymllm_kernels.w8a8_int8 import hopper_launch as w8a8_launch
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -54,7 +55,9 @@ class Maps:
 @pytest.fixture(autouse=True)
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     counters = torch.zeros(528, dtype=torch.int32)
-    modules: tuple[Any, ...] = (hopper_launch, hopper_decode_launch, w8a8_launch, quant, gather)
+    modules: tuple[Any, ...] = (
+        hopper_launch, hopper_decode_launch, w8a8_launch, w8a8_decode_launch, quant, gather,
+    )  # fmt: skip
     for module in modules:
         monkeypatch.setattr(module, "load", Kernel)
         monkeypatch.setattr(module, "raw_stream", lambda index: 5, raising=False)
@@ -66,7 +69,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Kernel, "launches", [])
     cached: list[Any] = [
         hopper_launch._loaded, hopper_launch._kernel, hopper_decode_launch._kernel,
-        w8a8_launch._loaded, w8a8_launch._gemm, quant.loaded, gather._kernel,
+        w8a8_launch._loaded, w8a8_launch._gemm, w8a8_decode_launch._kernel, quant.loaded, gather._kernel,
     ]  # fmt: skip
     for function in cached:
         function.cache_clear()
