@@ -29,14 +29,20 @@ def test_a_configuration_is_what_the_kernel_takes(config: DecodeConfig) -> None:
 
 
 def test_candidates() -> None:
-    for m, most in ((1, 1), (2, 8), (8, 8), (9, 16), (16, 16)):
-        found = list(candidates(m, 4096, 4096, 132, SHARED))
-        assert found
+    for m, most in ((1, {1, 8}), (2, {8}), (8, {8}), (9, {16}), (16, {16})):
+        found = list(candidates(m, 4096, 4096, 132, SHARED, True))
         for cost, config in found:
             assert cost > 0 and why_invalid(config, m, SHARED) is None
-            # Tokens more than needed are never faster.
-            assert config.block_m == most
-    assert not list(candidates(17, 4096, 4096, 132, SHARED))
+        assert {config.block_m for _, config in found} == most
+    assert not list(candidates(17, 4096, 4096, 132, SHARED, True))
+    # Zero points and given scales are not for the kernel that quantizes one token.
+    assert {c.block_m for _, c in candidates(1, 4096, 4096, 132, SHARED, False)} == {8}
+    key = TuningKey(HOPPER.operation, 4096, 4096, -1, "bfloat16", "static")
+    facts = planned_device("9.0")
+    assert not any(
+        isinstance(c, DecodeConfig) and c.fused for c in HOPPER.candidates(key, 1, facts)
+    )
+    assert "found static" in str(HOPPER.why_invalid(CONFIGS[0], key, 1, facts))
 
 
 def test_what_cannot_be_run() -> None:

@@ -1,4 +1,7 @@
-"""Triton kernels of the activation quantization: one program a row. Formulas: see ``reference``."""
+"""Triton kernels of the activation quantization: one program a row, or a part of it where the scale is given.
+
+Formulas: see ``reference``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pymllm_kernels.per_token_quant_int8.reference import TINY, TINY_FACTOR
 # Adding and subtracting 1.5 * 2**23 rounds an fp32 value below 2**22 to the nearest integer, ties to
 # even; the interpreter has no rint.
 _ROUND = tl.constexpr(12582912.0)
+_ROUND_BITS = tl.constexpr(0x4B400000)
 _TINY = tl.constexpr(TINY)
 _TINY_FACTOR = tl.constexpr(TINY_FACTOR)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -35,23 +39,16 @@ def _load_row(row_ptr, k, K, stride_xk):
 
 
 @triton.jit
-def _add_zero(code, zero):
-    return tl.minimum(tl.maximum(code + zero, -128.0), 127.0).to(tl.int8)
-
-
-@triton.jit
 def _size_bits(v):
     """The bits of ``abs(v)``, in the order of the values, with NaN above infinity."""
     return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _extremes(v):
-    """Largest and smallest value so far and 0, a lane at a time, and whether a lane saw NaN.
-
-    max and min drop NaN, hence the third.
-    """
-    return tl.maximum(v, 0.0), tl.minimum(v, 0.0), _is_nan(v).to(tl.int32)
+def _further(high, low, v):
+    """Largest and smallest value so far, NaN once there was one: an instruction a value each."""
+    high = tl.maximum(high, v, propagate_nan=tl.PropagateNan.ALL)
+    return high, tl.minimum(low, v, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -123,32 +120,47 @@ def _quantize_symmetric(
 
 
 @triton.jit
+def _shifted(v, shift):
+    """``clamp(rint(v) + shift, -128, 127)`` for ``v`` below 2**22: integers from the rounding on."""
+    code = (v + _ROUND).to(tl.int32, bitcast=True) + (shift - _ROUND_BITS)
+    return tl.minimum(tl.maximum(code, -128), 127).to(tl.int8)
+
+
+@triton.jit
+def _store_asymmetric(out_ptr, v, k, K, factor, inverse, shift, finite):
+    """``rint(v * factor * inverse) + shift``, or ``shift`` in a row with NaN or infinity."""
+    if finite:
+        tl.store(out_ptr + k, _shifted((v * factor) * inverse, shift), mask=k < K)
+    else:
+        tl.store(out_ptr + k, (tl.zeros_like(k) + shift).to(tl.int8), mask=k < K)
+
+
+@triton.jit
 def _quantize_asymmetric(
     row_ptr, out_ptr, scale_ptr, zero_ptr, K, stride_xk,
     BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, BLOCK_K)
     v = _load_row(row_ptr, lanes, K, stride_xk)
-    high, low, nan = _extremes(v)
+    high, low = _further(tl.zeros_like(v), tl.zeros_like(v), v)
     if not ONE_BLOCK:
         for k0 in range(BLOCK_K, K, BLOCK_K):
-            high_k, low_k, nan_k = _extremes(_load_row(row_ptr, k0 + lanes, K, stride_xk))
-            high = tl.maximum(high, high_k)
-            low = tl.minimum(low, low_k)
-            nan |= nan_k
-    high = tl.where(tl.max(nan, 0) > 0, float("nan"), tl.max(high, 0))
-    factor, inverse, scale, shift = zero_point_of(high, tl.min(low, 0))
+            high, low = _further(high, low, _load_row(row_ptr, k0 + lanes, K, stride_xk))
+    # max and min drop NaN, those of the bits of a size do not.
+    top = tl.max(_size_bits(high), 0).to(tl.float32, bitcast=True)
+    bottom = -tl.max(_size_bits(low), 0).to(tl.float32, bitcast=True)
+    factor, inverse, scale, zero = zero_point_of(top, bottom)
     tl.store(scale_ptr, scale)
-    tl.store(zero_ptr, shift.to(tl.int32))
+    shift = zero.to(tl.int32)
+    tl.store(zero_ptr, shift)
+    finite = top - bottom < float("inf")
     if ONE_BLOCK:
-        code = _add_zero(_round_to_int8_range((v * factor) * inverse), shift)
-        tl.store(out_ptr + lanes, code, mask=lanes < K)
+        _store_asymmetric(out_ptr, v, lanes, K, factor, inverse, shift, finite)
     else:
         for k0 in range(0, K, BLOCK_K):
             k = k0 + lanes
             v = _load_row(row_ptr, k, K, stride_xk)
-            code = _add_zero(_round_to_int8_range((v * factor) * inverse), shift)
-            tl.store(out_ptr + k, code, mask=k < K)
+            _store_asymmetric(out_ptr, v, k, K, factor, inverse, shift, finite)
 
 
 @triton.jit
@@ -189,13 +201,14 @@ def static_quant_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     _prepare_next_kernel(counters_ptr, counters, PDL)
-    row = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(K, BLOCK_K)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     scale = tl.load(scale_ptr)
-    shift = 0.0
+    shift = 0
     if zero_ptr is not None:
-        shift = tl.load(zero_ptr).to(tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        v = _load_row(x_ptr + row * stride_xm, k, K, stride_xk)
-        code = _add_zero(_round_to_int8_range(tl.div_rn(v, scale)), shift)
-        tl.store(codes_ptr + row * stride_cm + k, code, mask=k < K)
+        shift = tl.load(zero_ptr)
+    v = tl.div_rn(_load_row(x_ptr + row * stride_xm, k, K, stride_xk), scale)
+    # Beyond what any zero point brings back into the range.
+    v = tl.minimum(tl.maximum(tl.where(_is_nan(v), 0.0, v), -256.0), 256.0)
+    tl.store(codes_ptr + row * stride_cm + k, _shifted(v, shift), mask=k < K)

@@ -13,6 +13,8 @@ from pymllm_kernels.per_token_quant_int8.kernel import per_token_quant_kernel, s
 
 # A row of up to this many values is held in registers and read once.
 _MAX_BLOCK = 32768
+# Values a program where the scale is given, 8 a thread: each takes a division.
+_STATIC_BLOCK = 1024
 
 
 class QuantForm(NamedTuple):
@@ -80,7 +82,7 @@ def specialization(form: QuantForm) -> Specialization:
         static_quant_kernel if form.static else per_token_quant_kernel,
         signature,
         constants,
-        num_warps=min(max(form.block_k // 1024, 1), 16),
+        num_warps=4 if form.static else min(max(form.block_k // 1024, 1), 16),
         divisible_by_16=tuple(multiples),
         # A fused multiply-add would skip the rounding of the product before rint.
         options={"enable_fp_fusion": False},
@@ -100,12 +102,17 @@ def form_of(
     zero: bool, counters: bool = False, pdl: bool = False,
 ) -> QuantForm:  # fmt: skip
     """The form for rows of ``k`` values at these strides (elements) and this address."""
-    block = block_of(k)
+    block = _STATIC_BLOCK if static else block_of(k)
     return QuantForm(
         act, block, k <= block, static, zero, counters, pdl, stride_xk == 1, k % 16 == 0,
         address % 16 == 0 and stride_xm % 16 == 0,
         integer_type(stride_xm, stride_xk) == "i64",
     )  # fmt: skip
+
+
+def programs(form: QuantForm, m: int, k: int) -> int:
+    """Size of the grid for ``m`` rows of ``k`` values."""
+    return m * -(-k // form.block_k) if form.static else m
 
 
 @functools.cache
@@ -151,7 +158,7 @@ def _launch(
         "x_ptr": x, "codes_ptr": codes, "scale_ptr": scale, "zero_ptr": zero, "K": k,
         "stride_xm": stride_xm, "stride_xk": stride_xk, "stride_cm": k, "counters": 0,
     }  # fmt: skip
-    _LAUNCHER(form, x.device, m, arguments)
+    _LAUNCHER(form, x.device, programs(form, m, k), arguments)
 
 
 _LAUNCHER = FormLauncher(specialization)

@@ -58,7 +58,8 @@ class Quantization:
         self._kernel = quant.loaded(form, x.device)
         taken = (strides[0],) if form.contiguous else strides
         self._sizes = (k, *taken, k, counters)
-        self._m, self._zero, self._shared = m, layer.zero, parts > 0
+        self._programs = quant.programs(form, m, k)
+        self._zero, self._shared = layer.zero, parts > 0
         # One allocation for what lives between the two kernels and inside the second.
         self._at_scale = _aligned(m * k)
         self._at_zero = self._at_scale + _aligned(0 if layer.static else 4 * m)
@@ -84,7 +85,7 @@ class Quantization:
             counters = (codes + self._at_counters,)
             parts = (codes + self._at_parts, *counters)
         self._kernel.launch(
-            self._m, stream, (), (x.data_ptr(), codes, scale, *zero, *counters, *self._sizes)
+            self._programs, stream, (), (x.data_ptr(), codes, scale, *zero, *counters, *self._sizes)
         )
         return Codes(memory, codes, scale, zero, parts)
 

@@ -19,10 +19,9 @@ from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
 
 def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
     """The compiled form that runs a layer with a configuration; equal for many N, K and M."""
-    given = layer.static or not config.fused
     optional = {
-        "x_scale_ptr": "*fp32" if given else None,
-        "x_zero_ptr": "*i32" if layer.zero and given else None,
+        "x_scale_ptr": None if config.fused else "*fp32",
+        "x_zero_ptr": "*i32" if layer.zero else None,
         "column_sum_ptr": "*i32" if layer.zero else None,
         "bias_ptr": None if layer.bias is None else pointer_type(layer.bias),
     }
@@ -68,10 +67,12 @@ class PreparedDecode:
         """See ``hopper_launch.launch_linear``.
 
         Raises:
-            ValueError: the configuration does not take the tokens.
+            ValueError: the configuration does not take the layer or the tokens.
         """
         facts = device_facts(x.device)
         reason = why_invalid(config, m, facts.shared_memory)
+        if reason is None and config.fused and (layer.static or layer.zero):
+            reason = f"{config} quantizes symmetric dynamic activations"
         if reason is not None:
             raise ValueError(f"config: {reason}")
         self._quantize = None
@@ -95,12 +96,7 @@ class PreparedDecode:
             if x.data_ptr() % 16 or x.stride(1) != 1:
                 # Loads of 16 bytes.
                 x = x.clone(memory_format=torch.contiguous_format)
-            addresses = [x.data_ptr(), weight.data_ptr()]
-            if input_scale is not None:
-                addresses.append(input_scale.data_ptr())
-            addresses.append(w_scale.data_ptr())
-            if input_zero is not None:
-                addresses.append(input_zero.data_ptr())
+            addresses = [x.data_ptr(), weight.data_ptr(), w_scale.data_ptr()]
         else:
             made = self._quantize(x, input_scale, input_zero, stream)
             addresses = [

@@ -14,7 +14,8 @@ class DecodeConfig:
     """One compiled form of the kernel.
 
     Attributes:
-        block_m: most tokens: 1, which is quantized in the kernel, or 8 or 16, quantized by one before.
+        block_m: most tokens: 1, quantized in the kernel (symmetric, dynamic), or 8 or 16, quantized by
+            one before.
         rows: row blocks of 16 output features that a program works on at once.
         warps: of a program, each with its own blocks of K.
     """
@@ -67,15 +68,13 @@ class _Measured(NamedTuple):
 
 
 _MEASURED = (
-    _Measured(DecodeConfig(1, rows=1), 2.6, 0.80, 0.132),
     _Measured(DecodeConfig(1, rows=2), 2.76, 0.82, 0.191),
     _Measured(DecodeConfig(1, rows=3), 2.9, 0.94, 0.207),
-    _Measured(DecodeConfig(8, rows=1), 3.5, 0.80, 0.132),
-    _Measured(DecodeConfig(8, rows=2), 3.9, 0.82, 0.191),
-    _Measured(DecodeConfig(8, rows=3), 3.9, 0.94, 0.207),
-    _Measured(DecodeConfig(16, rows=1), 3.6, 0.90, 0.132),
-    _Measured(DecodeConfig(16, rows=2), 3.9, 1.00, 0.191),
-    _Measured(DecodeConfig(16, rows=3), 4.0, 1.10, 0.207),
+    _Measured(DecodeConfig(8, rows=1), 2.8, 0.74, 0.170),
+    _Measured(DecodeConfig(8, rows=2), 2.9, 0.74, 0.210),
+    _Measured(DecodeConfig(8, rows=3), 3.6, 0.80, 0.220),
+    _Measured(DecodeConfig(16, rows=1), 3.0, 0.90, 0.165),
+    _Measured(DecodeConfig(16, rows=2), 3.3, 1.00, 0.200),
 )
 CONFIGS = tuple(measured.config for measured in _MEASURED)
 
@@ -92,12 +91,16 @@ def why_invalid(config: DecodeConfig, m: int, shared_memory: int) -> str | None:
 
 
 def candidates(
-    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, fused: bool
 ) -> Iterator[tuple[float, DecodeConfig]]:
-    """Every valid configuration for a shape, with its estimated microseconds."""
+    """Every valid configuration for a shape, with its estimated microseconds.
+
+    ``fused``: whether the kernel can quantize the layer's activations.
+    """
     for config, start, step, memory in _MEASURED:
-        smallest = 1 if m == 1 else 8 if m <= 8 else 16
-        if why_invalid(config, m, shared_memory) or config.block_m > smallest:
+        if why_invalid(config, m, shared_memory) or (config.fused and not fused):
+            continue
+        if config.block_m == 16 and m <= 8:
             continue
         row_blocks = -(-n // (ROW_BLOCK * config.programs(n, multiprocessors)))
         passes = -(-row_blocks // config.rows)

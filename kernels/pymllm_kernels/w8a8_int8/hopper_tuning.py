@@ -182,8 +182,8 @@ _COSTS: tuple[tuple[HopperConfig, _Cost], ...] = (
     (_few(16, 64, 256), _Cost((4.8, 0.095), (6.8, 0.250), (5.9, 0.254))),  # whole, even (e)
     (_few(32, 64, 256), _Cost((4.8, 0.120), (6.0, 0.280), (6.5, 0.290))),  # (e)
     (_few(64, 64, 256, meet=True), _Cost((4.8, 0.165), (7.4, 0.300), (8.0, 0.350))),  # (e)
-    (_few(8, 128, 128), _Cost((4.2, 0.150), (5.1, 0.510), (5.9, 0.523))),  # whole (e)
-    (_few(16, 128, 128), _Cost((4.2, 0.160), (5.4, 0.520), (6.0, 0.542))),  # whole (e)
+    (_few(8, 128, 128), _Cost((4.9, 0.150), (5.1, 0.510), (5.9, 0.523))),  # whole (e)
+    (_few(16, 128, 128), _Cost((4.9, 0.160), (5.4, 0.520), (6.0, 0.542))),  # whole (e)
     (_few(32, 128, 128), _Cost((4.2, 0.185), (6.2, 0.550), (6.8, 0.580))),  # (e)
     (_few(64, 128, 128, meet=True), _Cost((4.3, 0.245), (7.8, 0.560), (8.8, 0.600))),  # (e)
     (_few(8, 256, 128), _Cost((5.6, 0.300), (5.1, 1.025), (6.1, 1.080))),  # whole (e)
@@ -239,15 +239,18 @@ def candidates(
 
 
 def all_candidates(
-    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, fused: bool = True
 ) -> Iterator[tuple[float, HopperConfig | DecodeConfig]]:
-    """Every valid configuration of both kernels, with its estimated microseconds."""
+    """Every valid configuration of both kernels, with its estimated microseconds.
+
+    ``fused``: whether a kernel can quantize the layer's activations itself: symmetric, dynamic ones.
+    """
     yield from candidates(m, n, k, multiprocessors, shared_memory)
-    yield from hopper_decode_tuning.candidates(m, n, k, multiprocessors, shared_memory)
+    yield from hopper_decode_tuning.candidates(m, n, k, multiprocessors, shared_memory, fused)
 
 
 def choose_config(
-    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, fused: bool = True
 ) -> HopperConfig | DecodeConfig:
     """The configuration with the least estimated time.
 
@@ -256,12 +259,12 @@ def choose_config(
     """
     # Tiles have 8 tokens or more: numbers in between have the tiles of the next multiple.
     rounded = 1 if m == 1 else -(-m // 8) * 8
-    return _choose_config(rounded, n, k, multiprocessors, shared_memory)
+    return _choose_config(rounded, n, k, multiprocessors, shared_memory, fused)
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose_config(
-    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, fused: bool
 ) -> HopperConfig | DecodeConfig:
-    found = all_candidates(m, n, k, multiprocessors, shared_memory)
+    found = all_candidates(m, n, k, multiprocessors, shared_memory, fused)
     return cheapest(found, "the int8 kernels for Hopper", shared_memory)

@@ -42,17 +42,19 @@ class HopperTunable(Tunable):
 
     def rule(self, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
         return hopper_tuning.choose_config(
-            m, key.n, key.k, facts.multiprocessors, facts.shared_memory
+            m, key.n, key.k, facts.multiprocessors, facts.shared_memory, not key.variant
         )
 
     def candidates(self, key: TuningKey, m: int, facts: DeviceFacts) -> Sequence[Config]:
         found = hopper_tuning.all_candidates(
-            m, key.n, key.k, facts.multiprocessors, facts.shared_memory
+            m, key.n, key.k, facts.multiprocessors, facts.shared_memory, not key.variant
         )
         return [config for _, config in sorted(found, key=lambda item: item[0])]
 
     def why_invalid(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> str | None:
         if isinstance(config, DecodeConfig):
+            if config.fused and key.variant:
+                return f"{config} quantizes symmetric dynamic activations, found {key.variant}"
             return hopper_decode_tuning.why_invalid(config, m, facts.shared_memory)
         reason = hopper_tuning.why_invalid(config, facts.shared_memory)
         if reason is None and not _planned(config, key, m, facts):
