@@ -121,15 +121,17 @@ def test_few_tokens_in_act_order() -> None:
     assert (next_given["x_ptr"], next_given["stride_x8"]) == (gathered, 512)
 
 
-def test_tiles_in_act_order() -> None:
-    t = w4a16(100, perm=torch.arange(4096, dtype=torch.int32))
-    ((name, _, given),) = Kernel.launches
-    assert "act-order" not in name
-    assert given["x_desc"][1:4] == (BF16, (100, 4096), (4096, 1))
-    assert given["x_desc"][-1] != t["x"].data_ptr()
-    w4a16(100)
-    # One form for both.
-    assert hopper_launch._kernel.cache_info().misses == 1
+@pytest.mark.parametrize("m", [40, 100])
+def test_tiles_in_act_order(m: int) -> None:
+    t = w4a16(m, perm=torch.arange(4096, dtype=torch.int32))
+    (name, programs, given), (tiles, _, next_given) = Kernel.launches
+    assert name == "gather-inputs" and programs == 8 * m
+    assert given["x_ptr"] == t["x"].data_ptr()
+    # Many tokens wait until they are gathered, in the form of layers without an order.
+    assert ("act-order" in tiles) == (m == 40)
+    assert next_given["x_desc"][1:] == (BF16, (m, 4096), (4096, 1), given["out_ptr"])
+    w4a16(m)
+    assert hopper_launch._kernel.cache_info().misses == (2 if m == 40 else 1)
 
 
 @pytest.mark.parametrize("m", [100, 1000])

@@ -105,7 +105,7 @@ def w4a16_hopper_case(
 
     layer = HopperLayer(
         4096, variant.k, variant.block_k, variant.group_size, variant.dtype, variant.dtype,
-        variant.zero, variant.dtype if bias else None, bits=variant.bits,
+        variant.zero, variant.dtype if bias else None, variant.act_order, variant.bits,
     )  # fmt: skip
     form = specialization(layer, config)
     return replace(form, name=f"{form.name}-{variant.name}")

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from pymllm_kernels.common.gluon_hopper import (
     next_slot,
@@ -41,8 +42,11 @@ def _producer(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SLICE_K: gl.constexpr,
     GROUP_SIZE: gl.constexpr, RUNS: gl.constexpr, BYTES: gl.constexpr,
     SLOTS: gl.constexpr, SPAN: gl.constexpr, GROUP_M: gl.constexpr, BOXES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     BLOCK_K: gl.constexpr = 4 * SLICE_K
+    if DEPENDENT:
+        gdc_wait()
     x_desc, weight_desc, scale_desc, zero_desc = sources
     x_smem, weight_smem, scale_smem, zero_smem, full, empty, _ = shared
     slot = 0
@@ -201,6 +205,7 @@ def w4a16_gemm_hopper(
     SHARE: gl.constexpr,  # whether tiles may be shared
     MEET: gl.constexpr,  # whether sharers wait for each other, which needs a cooperative launch
     REGISTERS: gl.constexpr,  # of a consumer's thread
+    DEPENDENT: gl.constexpr,  # whether it is launched while x is still being written
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = CONSUMERS * ROWS
     WORDS: gl.constexpr = SLICE_K * BITS // 4
@@ -252,7 +257,8 @@ def w4a16_gemm_hopper(
             (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
-                         SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES)),
+                         SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
+                         DEPENDENT)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif CONSUMERS == 3:
         gl.warp_specialize([
@@ -263,7 +269,8 @@ def w4a16_gemm_hopper(
             (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
-                         SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES)),
+                         SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
+                         DEPENDENT)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -276,5 +283,6 @@ def w4a16_gemm_hopper(
             (_consumer, (shared, work, 3, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
-                         SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES)),
+                         SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
+                         DEPENDENT)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

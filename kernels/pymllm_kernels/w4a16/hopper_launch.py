@@ -16,6 +16,8 @@ from pymllm_kernels.common.sharing import compiled_config
 from pymllm_kernels.common.specialization import Specialization, box_type, pointer_type
 from pymllm_kernels.common.workspace import counters
 from pymllm_kernels.device import device_facts
+from pymllm_kernels.gather_inputs import launch as gather
+from pymllm_kernels.gather_inputs.launch import PreparedGather
 from pymllm_kernels.tuning import TuningKey, resolve, state
 from pymllm_kernels.w4a16 import hopper_decode_launch
 from pymllm_kernels.w4a16.hopper import w4a16_gemm_hopper
@@ -148,9 +150,11 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         "SHARE": shared,
         "MEET": shared and config.meet,
         "REGISTERS": CONSUMER_REGISTERS[config.consumers],
+        "DEPENDENT": layer.act_order,
     }
     return Specialization(
-        f"w{layer.bits}a16-hopper-{config.block_m}x{config.block_n}{'-shared' * shared}",
+        f"w{layer.bits}a16-hopper-{config.block_m}x{config.block_n}{'-shared' * shared}"
+        f"{'-act-order' * layer.act_order}",
         w4a16_gemm_hopper,
         signature,
         {**constants, **{name: None for name, kind in optional.items() if kind is None}},
@@ -163,6 +167,7 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         options={
             "maxnreg": _LAUNCH_REGISTERS[config.consumers],
             "launch_cooperative_grid": shared and config.meet,
+            "launch_pdl": layer.act_order,
         },
     )
 
@@ -218,18 +223,32 @@ def _prepare(
         config = resolve(HOPPER, layer.tuning_key, m, device_facts(device)).config
     if isinstance(config, DecodeConfig):
         return PreparedDecode(layer, m, strides, device, config)
-    stride_xm = layer.k if layer.act_order else strides[0]
-    return _Prepared(layer._replace(act_order=False), m, stride_xm, device, config)
+    return _Prepared(layer, m, strides, device, config)
+
+
+def _beside_the_gathering(layer: HopperLayer, config: HopperConfig) -> HopperLayer:
+    """The layer as it is compiled: whether the kernel starts while activations are gathered.
+
+    With many tokens waiting programs would hold the registers that the gathering needs.
+    """
+    compiled = layer.compiled
+    return compiled if config.block_m <= 64 else compiled._replace(act_order=False)
 
 
 class _Prepared:
     """A launch for one shape of a layer and number of tokens, but for the addresses."""
 
     def __init__(
-        self, layer: HopperLayer, m: int, stride_xm: int, device: torch.device,
+        self, layer: HopperLayer, m: int, strides: tuple[int, int], device: torch.device,
         config: HopperConfig,
     ) -> None:  # fmt: skip
         n, k = layer.n, layer.k
+        self._gather = None
+        stride_xm = strides[0]
+        if layer.act_order:
+            # TMA reads neighbours.
+            self._gather = PreparedGather(layer.act, m, k, strides, device)
+            stride_xm = k
         grid = plan(config, m, n, k, layer.form, device_facts(device).multiprocessors)
         if grid is None:
             raise ValueError(
@@ -252,9 +271,10 @@ class _Prepared:
         zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
         perm: torch.Tensor | None,
     ) -> None:  # fmt: skip
-        if perm is not None:
-            # TMA reads neighbours.
-            x = x.index_select(1, perm)
+        stream = raw_stream(self._device.index)
+        if self._gather is not None:
+            assert perm is not None
+            x = self._gather(x, perm, stream)
         to = out.data_ptr()
         maps = [
             self._x.at(x.data_ptr()),
@@ -273,7 +293,6 @@ class _Prepared:
             # Kept alive by the stream's order: torch hands it out again to later work only.
             part = x.new_empty(self._part_elements, dtype=torch.float32)
             addresses += (part.data_ptr(), counters(self._device).data_ptr())
-        stream = raw_stream(self._device.index)
         self._kernel.launch(self._programs, stream, maps, (*addresses, *self._sizes))
 
 
@@ -285,7 +304,7 @@ def _loaded(
     layer: HopperLayer, config: HopperConfig, device: torch.device
 ) -> tuple[LoadedKernel, tuple[TensorMaps, TensorMaps, TensorMaps | None]]:
     """The kernel of a form, and the tensor maps of the layer's own tensors."""
-    kernel = _kernel(layer.compiled, config, device)
+    kernel = _kernel(_beside_the_gathering(layer, config), config, device)
     blocks, rows = -(-layer.k // layer.block_k) * layer.n, layer.groups * layer.n
     boxes = kernel.described
     weight = TensorMaps(boxes[1], torch.int16, (blocks, layer.words), (layer.words, 1))
@@ -298,8 +317,9 @@ def forms(layer: HopperLayer, config: HopperConfig | DecodeConfig) -> list[Form]
     """What a call of a layer with a configuration needs compiled."""
     if isinstance(config, DecodeConfig):
         return hopper_decode_launch.forms(layer, config)
-    compiled = layer.compiled._replace(act_order=False)
-    return [Form(specialization, (compiled, compiled_config(config)))]
+    compiled = _beside_the_gathering(layer, config)
+    tiles = Form(specialization, (compiled, compiled_config(config)))
+    return [gather.form(layer.act), tiles] if layer.act_order else [tiles]
 
 
 @functools.cache
