@@ -73,8 +73,8 @@ _MEASURED = (
     _Measured(DecodeConfig(8, rows=1), 2.8, 0.74, 0.170),
     _Measured(DecodeConfig(8, rows=2), 2.9, 0.74, 0.210),
     _Measured(DecodeConfig(8, rows=3), 3.6, 0.80, 0.220),
-    _Measured(DecodeConfig(16, rows=1), 3.0, 0.90, 0.165),
-    _Measured(DecodeConfig(16, rows=2), 3.3, 1.00, 0.200),
+    _Measured(DecodeConfig(16, rows=1), 3.4, 0.90, 0.165),
+    _Measured(DecodeConfig(16, rows=2), 4.0, 1.00, 0.200),
 )
 CONFIGS = tuple(measured.config for measured in _MEASURED)
 

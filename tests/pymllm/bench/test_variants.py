@@ -258,4 +258,5 @@ def test_on_hopper_every_variant_has_forms() -> None:
             kernel = select_kernel(variant.problem(usual)).kernel
             assert kernel.name.startswith("gluon_hopper"), variant.name
             assert kernel.forms(variant.problem(usual), 1)
-    assert len(set(quantization.forms([4096, 8192]))) == 2 * len(quantization.VARIANTS)
+    # Rows of both lengths have forms of their own, but where the scale is given.
+    assert len(set(quantization.forms([4096, 8192]))) == 2 * len(quantization.VARIANTS) - 1
