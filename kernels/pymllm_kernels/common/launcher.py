@@ -21,6 +21,7 @@ from pymllm_kernels.common import cuda
 from pymllm_kernels.common.specialization import (
     Specialization,
     compile_specialization,
+    hash_called_functions,
     nvidia_target,
 )
 
@@ -218,5 +219,6 @@ class FormLauncher(Generic[K]):
         form: Specialization, programs: int, arguments: Mapping[str, torch.Tensor | int | None]
     ) -> None:
         """Through Triton's own launcher: on AMD GPUs, and in the interpreter."""
+        hash_called_functions(form.kernel)
         given = {name: arguments[name] for name in form.signature}
         form.kernel[(programs,)](**given, **form.constexprs, **form.compiler_options())

@@ -59,6 +59,7 @@ class Specialization:
                 f"{self.name}: arguments missing: {missing}, unknown: {unknown}, "
                 f"typed and constexpr: {both}"
             )
+        hash_called_functions(self.kernel)
         return _source_class(self.kernel)(
             self.kernel,
             {name: given[name] for name in names},
@@ -98,6 +99,25 @@ def box_type(dtype: torch.dtype, shape: list[int], layout: Any) -> str:
 def integer_type(*values: int) -> str:
     """``i32``, or ``i64`` where a value does not fit."""
     return "i32" if all(-(2**31) <= value < 2**31 for value in values) else "i64"
+
+
+def hash_called_functions(function: Any) -> None:
+    """Makes the cache key of a ``triton.jit`` function the same in every process.
+
+    Triton 3.6 leaves the constants of a called function out of the caller's key unless something else
+    has hashed that function before: what one process has compiled another one might not find. So the
+    functions it calls are hashed first, theirs before them.
+    """
+    from triton.runtime.jit import JITFunction
+
+    python = getattr(function, "fn", None)
+    if not isinstance(function, JITFunction) or function.hash is not None or python is None:
+        return
+    for name in python.__code__.co_names:
+        called = python.__globals__.get(name)
+        if isinstance(called, JITFunction) and called is not function:
+            hash_called_functions(called)
+            _ = called.cache_key
 
 
 def _source_class(kernel: Any) -> Any:

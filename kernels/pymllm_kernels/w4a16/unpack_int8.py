@@ -21,7 +21,7 @@ lop3.b32 t, u, 0x007F007F, 0x43004300, 0xEA;
 lop3.b32 u, u, 0x00800080, 0x43804380, 0x6A;
 fma.rn.bf16x2 $1, u, minus, t;
 }""")
-_OR_MAGIC_FP16 = tl.constexpr("""{
+_OR_MAGIC_BYTES_FP16 = tl.constexpr("""{
 prmt.b32 $0, $2, 0x64646464, 0x4240;
 prmt.b32 $1, $2, 0x64646464, 0x4341;
 }""")
@@ -51,7 +51,7 @@ def magic_int8(words, HALF: tl.constexpr):
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            _OR_MAGIC_FP16, "=r,=r,r", [words],
+            _OR_MAGIC_BYTES_FP16, "=r,=r,r", [words],
             dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
 
