@@ -126,6 +126,8 @@ def without_runs(options: argparse.Namespace, beside: Mapping[str, str]) -> int:
 def load(paths: Sequence[Path], mode: str | None = None, cache: str | None = None) -> Report:
     """Reads runs and joins them; of a cell that several have, the last counts.
 
+    Of another provider than ours, the last that has a time: a run in which it did not work says nothing.
+
     Raises:
         ValueError: a file is not a run, the runs may not be compared, or none has such times.
     """
@@ -135,7 +137,9 @@ def load(paths: Sequence[Path], mode: str | None = None, cache: str | None = Non
             raise ValueError(f"{path}: cannot be shown beside {paths[0]}: {reason}")
     joined: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for cell in (cell for run in runs for cell in run["cells"]):
-        joined[runs_file.cell_key(cell)] = cell
+        key = runs_file.cell_key(cell)
+        if cell["median_us"] is not None or cell["provider"] == "ours" or key not in joined:
+            joined[key] = cell
     cells = list(joined.values())
     pairs = modes_of(cells)
     wanted = [

@@ -147,12 +147,14 @@ def test_runs_are_joined_and_the_last_counts(
 ) -> None:
     other = copy.deepcopy(a_run())
     other["cells"] = [cell("w4a16", 1, "ours", 7.0, 4.0), cell("w4a16", 1, "marlin", 6.0, 4.0)]
+    # It did not work there: its time from the other run stays.
+    other["cells"].append(cell("w4a16", 1, "humming", None, 4.0))
     other["providers"]["marlin"]["absent"] = None
     assert report.main([run_file, written(tmp_path / "other.json", other)]) == 0
     captured = capsys.readouterr()
     assert "| 1 | 7.0 | 24.0 | 10.0 | **6.0** |" in captured.out
     assert "marlin: not here" not in captured.out
-    assert "in several runs, the last counts: 1 cells" in captured.err
+    assert "in several runs, the last counts: 2 cells" in captured.err
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"format": "pymllm-bench", "version": 99}'])

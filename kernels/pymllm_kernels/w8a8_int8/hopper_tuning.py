@@ -193,17 +193,17 @@ _COSTS: tuple[tuple[HopperConfig, _Cost], ...] = (
     (_few(128, 64, 128), _Cost((4.4, 0.240))),  # (e)
     (
         HopperConfig(128, 128, slots=6, swap=True, store_parts=2, meet=True),
-        _Cost((4.8, 0.355), (11.0, 0.580), (11.0, 0.700)),  # stream (e)
+        _Cost((7.2, 0.355), (11.0, 0.580), (11.0, 0.700)),  # stream (e)
     ),
     (
         HopperConfig(128, 128, slots=6, ping_pong=True, store_parts=4, store_slots=2),
-        _Cost((4.6, 0.330)),
+        _Cost((7.6, 0.335)),
     ),
     (
         HopperConfig(128, 256, slots=4, swap=True, store_parts=4, meet=True),
-        _Cost((4.6, 0.690), (12.0, 0.750)),  # even (e)
+        _Cost((7.0, 0.690), (19.0, 0.750)),
     ),
-    (HopperConfig(256, 128, slots=4, store_parts=4), _Cost((4.6, 0.690))),
+    (HopperConfig(256, 128, slots=4, store_parts=4), _Cost((7.0, 0.690))),
 )
 
 
