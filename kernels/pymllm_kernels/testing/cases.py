@@ -62,9 +62,9 @@ _HOPPER_INT8_VARIANTS = (
     W4A16Variant("fp16-int8-g32-asym", dtype=torch.float16, bits=8, group_size=32, zero=True),
     W4A16Variant("bf16-int8-g16", bits=8, group_size=16, block_k=64),
 )
-_DECODE_VARIANTS = (
-    *_HOPPER_VARIANTS, "bf16-g128-asym", "bf16-g32", "bf16-channel", "bf16-g128-act-order",
-)  # fmt: skip
+_DECODE_VARIANTS = (*_HOPPER_VARIANTS, "bf16-g128-asym", "bf16-g32")
+# The registers of groups of 128, but for an address or a wait at the start.
+_DECODE_VARIANTS_OF_NO_WEIGHT = ("bf16-channel", "bf16-g128-act-order")
 
 
 def target_device(target: str) -> DeviceFacts:
@@ -141,21 +141,24 @@ def _hopper_tiles(variant: W4A16Variant) -> list[HopperW4A16Config]:
 
 
 def w4a16_decode_cases() -> Iterator[Specialization]:
-    """The weight-only GEMM for few tokens on Hopper: every configuration and kind of layer it takes."""
+    """The weight-only GEMM for few tokens on Hopper: every configuration, all kinds of layers."""
     from pymllm_kernels.gather_inputs import launch as gather
     from pymllm_kernels.w4a16.hopper_decode_launch import specialization
     from pymllm_kernels.w4a16.hopper_decode_tuning import CONFIGS, why_invalid
     from pymllm_kernels.w4a16.hopper_launch import HopperLayer
 
-    for variant in (v for v in W4A16_VARIANTS if v.name in _DECODE_VARIANTS):
+    for variant in W4A16_VARIANTS:
+        if variant.name not in (*_DECODE_VARIANTS, *_DECODE_VARIANTS_OF_NO_WEIGHT):
+            continue
         layer = HopperLayer(
             4096, variant.k, variant.block_k, variant.group_size, variant.dtype, variant.dtype,
             variant.zero, variant.dtype if variant.zero else None, variant.act_order,
         )  # fmt: skip
-        for config in CONFIGS:
-            if why_invalid(config, 1, layer.form, 227 * 1024) is None:
-                form = specialization(layer, config)
-                yield replace(form, name=f"{form.name}-{variant.name}")
+        valid = [c for c in CONFIGS if why_invalid(c, 1, layer.form, 227 * 1024) is None]
+        few = variant.name in _DECODE_VARIANTS_OF_NO_WEIGHT
+        for config in valid[:: len(valid) - 1] if few else valid:
+            form = specialization(layer, config)
+            yield replace(form, name=f"{form.name}-{variant.name}")
     yield gather.specialization(torch.bfloat16)
 
 
