@@ -122,7 +122,7 @@ def parse(text: str) -> tuple[Table, list[str]]:
         return table, ["sections: found none"]
     for section in sections:
         try:
-            head = _typed(section, {**_HEAD, "entries": (list,)})
+            head = dict(_typed(section, _SECTION, _SECTION))
             rows, operation = head.pop("entries"), head.pop("operation")
             conditions = Conditions(**head)
         except ValueError as error:
@@ -142,6 +142,7 @@ _HEAD: dict[str, tuple[type, ...]] = {
     "operation": (str,),
     **{f.name: (int,) if f.type == "int" else (str,) for f in fields(Conditions)},
 }
+_SECTION = {**_HEAD, "entries": (list,)}
 _KEY: dict[str, tuple[type, ...]] = {
     "n": (int,),
     "k": (int,),
@@ -162,41 +163,39 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {
 }
 
 
+_ROW = {**_KEY, **_ENTRY}
+_ROW_OR_MORE = {**_ROW, **_OPTIONAL}
+
+
 def _row(operation: str, row: object) -> tuple[TuningKey, int, Entry]:
-    values = _typed(row, {**_KEY, **_ENTRY}, _OPTIONAL)
-    entry = Entry(**{name: values.pop(name) for name in (*_ENTRY, *_OPTIONAL) if name in values})
-    m = values.pop("m")
+    values = _typed(row, _ROW, _ROW_OR_MORE)
+    entry = Entry(**{name: value for name, value in values.items() if name not in _KEY})
+    m = values["m"]
     if m not in BUCKETS:
         raise ValueError(f"m: found {m}, accepted powers of two up to {BUCKETS[-1]}")
     if not entry.median_us > 0:
         raise ValueError(f"median_us: found {entry.median_us}, accepted positive numbers")
     for digest, timing in entry.timings.items():
-        if timing is not None and (
-            isinstance(timing, bool) or not isinstance(timing, (int, float))
-        ):
+        if timing is not None and type(timing) not in (int, float):
             raise ValueError(f"timings: {digest}: found {timing!r}, accepted numbers")
-    return TuningKey(operation, **values), m, entry
+    key = TuningKey(operation, *(values[name] for name in _KEY if name != "m"))
+    return key, m, entry
 
 
 def _typed(
-    found: object,
-    required: Mapping[str, tuple[type, ...]],
-    optional: Mapping[str, tuple[type, ...]] | None = None,
+    found: object, required: Mapping[str, tuple[type, ...]], known: Mapping[str, tuple[type, ...]]
 ) -> dict[str, Any]:
-    """The fields of a JSON object, checked.
+    """The fields of a JSON object, checked: a table has thousands, and each start reads it.
 
     Raises:
         ValueError: one is missing, unknown or of another type.
     """
     if not isinstance(found, dict):
         raise ValueError(f"found {found!r:.80}, accepted an object")  # noqa: TRY004  a bad file
-    known = {**required, **(optional or {})}
-    missing = required.keys() - found.keys()
-    unknown = found.keys() - known.keys()
-    if missing or unknown:
+    if not required.keys() <= found.keys() <= known.keys():
         raise ValueError(f"found fields {sorted(found)}, accepted {sorted(known)}")
-    values = {name: found[name] for name in known if name in found}
-    for name, value in values.items():
-        if not isinstance(value, known[name]) or isinstance(value, bool):
-            raise ValueError(f"{name}: found {value!r:.80}")  # noqa: TRY004  a bad file
-    return values
+    for name, value in found.items():
+        # JSON has no subclasses but bool, which is not a number here.
+        if type(value) not in known[name]:
+            raise ValueError(f"{name}: found {value!r:.80}")
+    return found
