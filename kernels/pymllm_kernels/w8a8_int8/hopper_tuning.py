@@ -171,8 +171,8 @@ def _narrow(box_m: int) -> HopperConfig:
     return HopperConfig(64, 32, 256, slots=8, box_m=box_m % 64, consumers=1)
 
 
-# Numbers with (e) are estimates from neighbours. What they choose is within 3 % of the best of five
-# forms timed in 61 of 64 cells up to 512 tokens (bench/results/nvidia_h200/w8a8_search.json).
+# Numbers with (e) are estimates from neighbours; starts of the larger tiles and of their even shares were
+# corrected by what 1,559 searches found (bench/results/nvidia_h200/tuning.json).
 _COSTS: tuple[tuple[HopperConfig, _Cost], ...] = (
     (_narrow(8), _Cost(whole=(4.8, 0.069))),
     (_narrow(16), _Cost(whole=(4.8, 0.070))),  # (e)
