@@ -6,16 +6,13 @@ import math
 
 import pytest
 
-from pymllm_kernels.device import planned_device
-from pymllm_kernels.tuning.keys import TuningKey
 from pymllm_kernels.w4a16.hopper_decode_tuning import (
     CONFIGS,
     DecodeConfig,
     candidates,
     why_invalid,
 )
-from pymllm_kernels.w4a16.hopper_tuning import HopperConfig, HopperForm
-from pymllm_kernels.w4a16.tunable import HOPPER
+from pymllm_kernels.w4a16.hopper_tuning import HopperForm
 
 SHARED = 227 * 1024
 FORM = HopperForm()
@@ -68,14 +65,3 @@ def test_what_cannot_be_run() -> None:
     assert why_invalid(five, 1, HopperForm(parameter_bytes=3), SHARED) is not None
     assert "is none of" in str(why_invalid(DecodeConfig(8, rows=6), 1, FORM, SHARED))
     assert "32768 bytes" in str(why_invalid(four, 1, FORM, 32 * 1024 - 1))
-
-
-def test_stored_configurations_come_back() -> None:
-    key = TuningKey(HOPPER.operation, 8192, 8192, 128, "bfloat16", "")
-    facts = planned_device("9.0")
-    found = HOPPER.candidates(key, 1, facts)
-    assert {type(config) for config in found} == {DecodeConfig, HopperConfig}
-    for config in found:
-        assert HOPPER.from_json(HOPPER.to_json(config)) == config
-        assert HOPPER.adapt(config, key, 1, facts) == config
-        assert HOPPER.why_invalid(config, key, 1, facts) is None

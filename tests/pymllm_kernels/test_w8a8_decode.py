@@ -62,14 +62,3 @@ def test_small_layers(m: int, n: int, k: int) -> None:
 @pytest.mark.parametrize(("m", "n", "k"), [(8, 8192, 8192), (1, 57344, 8192), (1, 28672, 4096)])
 def test_large_layers(m: int, n: int, k: int) -> None:
     assert isinstance(choose_config(m, n, k, 132, SHARED), HopperConfig)
-
-
-def test_stored_configurations_come_back() -> None:
-    key = TuningKey(HOPPER.operation, 8192, 8192, -1, "bfloat16", "")
-    facts = planned_device("9.0")
-    found = HOPPER.candidates(key, 1, facts)
-    assert {type(config) for config in found} == {DecodeConfig, HopperConfig}
-    for config in found:
-        assert HOPPER.from_json(HOPPER.to_json(config)) == config
-        assert HOPPER.adapt(config, key, 1, facts) == config
-        assert HOPPER.why_invalid(config, key, 1, facts) is None

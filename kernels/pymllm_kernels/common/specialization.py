@@ -110,14 +110,13 @@ def hash_called_functions(function: Any) -> None:
     """
     from triton.runtime.jit import JITFunction
 
-    python = getattr(function, "fn", None)
-    if not isinstance(function, JITFunction) or function.hash is not None or python is None:
+    if not isinstance(function, JITFunction) or function.hash is not None:
         return
-    for name in python.__code__.co_names:
-        called = python.__globals__.get(name)
+    for name in function.fn.__code__.co_names:
+        called = function.fn.__globals__.get(name)
         if isinstance(called, JITFunction) and called is not function:
             hash_called_functions(called)
-            _ = called.cache_key
+            _ = called.cache_key  # Hashed where it is asked for.
 
 
 def _source_class(kernel: Any) -> Any:

@@ -57,14 +57,13 @@ W4A16_VARIANTS = (
 
 _HOPPER_VARIANTS = ("bf16-g128", "fp16-g128", "bf16-g64-asym", "fp16-g32-asym")
 _HOPPER_INT8_VARIANTS = (
-    W4A16Variant("bf16-int8-g128", bits=8),
+    *(v for v in W4A16_VARIANTS if v.name in ("bf16-int8-g128", "fp16-int8-g32-asym")),
     W4A16Variant("bf16-int8-g64-asym", bits=8, group_size=64, zero=True),
-    W4A16Variant("fp16-int8-g32-asym", dtype=torch.float16, bits=8, group_size=32, zero=True),
     W4A16Variant("bf16-int8-g16", bits=8, group_size=16, block_k=64),
 )
 _DECODE_VARIANTS = (*_HOPPER_VARIANTS, "bf16-g128-asym", "bf16-g32")
 # The registers of groups of 128, but for an address or a wait at the start.
-_DECODE_VARIANTS_OF_NO_WEIGHT = ("bf16-channel", "bf16-g128-act-order")
+_DECODE_VARIANTS_OF_SAME_REGISTERS = ("bf16-channel", "bf16-g128-act-order")
 
 
 def target_device(target: str) -> DeviceFacts:
@@ -148,14 +147,14 @@ def w4a16_decode_cases() -> Iterator[Specialization]:
     from pymllm_kernels.w4a16.hopper_launch import HopperLayer
 
     for variant in W4A16_VARIANTS:
-        if variant.name not in (*_DECODE_VARIANTS, *_DECODE_VARIANTS_OF_NO_WEIGHT):
+        if variant.name not in (*_DECODE_VARIANTS, *_DECODE_VARIANTS_OF_SAME_REGISTERS):
             continue
         layer = HopperLayer(
             4096, variant.k, variant.block_k, variant.group_size, variant.dtype, variant.dtype,
             variant.zero, variant.dtype if variant.zero else None, variant.act_order,
         )  # fmt: skip
         valid = [c for c in CONFIGS if why_invalid(c, 1, layer.form, 227 * 1024) is None]
-        few = variant.name in _DECODE_VARIANTS_OF_NO_WEIGHT
+        few = variant.name in _DECODE_VARIANTS_OF_SAME_REGISTERS
         for config in valid[:: len(valid) - 1] if few else valid:
             form = specialization(layer, config)
             yield replace(form, name=f"{form.name}-{variant.name}")

@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pymllm_kernels.common.cuda import raw_stream
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.gluon_hopper import GLUON_DTYPE
 from pymllm_kernels.common.launcher import LoadedKernel, load
+from pymllm_kernels.common.row_block_config import ROW_BLOCK
 from pymllm_kernels.common.specialization import Specialization, pointer_type
 from pymllm_kernels.device import device_facts
-from pymllm_kernels.gather_inputs import launch as gather
-from pymllm_kernels.gather_inputs.launch import PreparedGather
 from pymllm_kernels.w4a16.hopper_decode import w4a16_decode_hopper
-from pymllm_kernels.w4a16.hopper_decode_tuning import ROW_BLOCK, DecodeConfig, why_invalid
+from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig, why_invalid
 
 if TYPE_CHECKING:
     from pymllm_kernels.w4a16.hopper_launch import HopperLayer
@@ -66,10 +64,9 @@ class PreparedDecode:
     """A launch for one shape of a layer and number of tokens, but for the addresses."""
 
     def __init__(
-        self, layer: HopperLayer, m: int, strides: tuple[int, int], device: torch.device,
-        config: DecodeConfig,
-    ) -> None:  # fmt: skip
-        """See ``hopper_launch.launch``.
+        self, layer: HopperLayer, m: int, stride_xm: int, device: torch.device, config: DecodeConfig
+    ) -> None:
+        """Of ``x [m, K]`` with contiguous rows ``stride_xm`` elements apart.
 
         Raises:
             ValueError: the configuration does not take the layer or the tokens.
@@ -78,14 +75,6 @@ class PreparedDecode:
         reason = why_invalid(config, m, layer.form, facts.shared_memory)
         if reason is not None:
             raise ValueError(f"config: {reason}")
-        self._device = device
-        self._gather = None
-        stride_xm = strides[0]
-        if layer.act_order:
-            # Read by the kernel itself, each multiprocessor would gather all of x: 32 scattered lines
-            # a load.
-            self._gather = PreparedGather(layer.act, m, layer.k, strides, device)
-            stride_xm = layer.k
         self._kernel = _kernel(layer.compiled, config, device)
         self._programs = config.programs(layer.n, facts.multiprocessors)
         share, more = divmod(layer.n // ROW_BLOCK, self._programs)
@@ -94,22 +83,17 @@ class PreparedDecode:
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
         zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
-        perm: torch.Tensor | None,
+        stream: int,
     ) -> None:  # fmt: skip
-        """Launches on the current device and stream."""
-        stream = raw_stream(self._device.index)
-        if self._gather is not None:
-            assert perm is not None
-            x = self._gather(x, perm, stream)
+        """Launches on the current device."""
         given = (x, weight, scale, zero, bias, out)
         addresses = (tensor.data_ptr() for tensor in given if tensor is not None)
         self._kernel.launch(self._programs, stream, (), (*addresses, *self._sizes))
 
 
-def forms(layer: HopperLayer, config: DecodeConfig) -> list[Form]:
-    """What a call of a layer with a configuration needs compiled."""
-    decode = Form(specialization, (layer.compiled, config))
-    return [gather.form(layer.act), decode] if layer.act_order else [decode]
+def form(layer: HopperLayer, config: DecodeConfig) -> Form:
+    """What a call of a layer with a configuration needs compiled, but for gathering activations."""
+    return Form(specialization, (layer.compiled, config))
 
 
 @functools.cache

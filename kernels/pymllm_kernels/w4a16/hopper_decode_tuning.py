@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from pymllm_kernels.common.row_block_config import ROW_BLOCK, RowBlockConfig
+
 if TYPE_CHECKING:
     from pymllm_kernels.w4a16.hopper_tuning import HopperForm
 
-ROW_BLOCK = 16
 # Of a multiprocessor: 16 warps of 128, or 8 of 256.
 _REGISTERS = 65536
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(RowBlockConfig):
     """One compiled form of the kernel.
 
     Attributes:
@@ -40,21 +41,6 @@ class DecodeConfig:
         together = self.rows * self.row_warps
         more = f"-mix{self.mix}" * (self.mix > 1)
         return f"{self.block_m}x{together}by{self.rows}-{self.warps}x{self.registers}{more}"
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of 8 tokens."""
-        return self.block_m // 8
-
-    @property
-    def places(self) -> int:
-        """Accumulators a thread adds up at once: a power of two."""
-        return 1 << (self.rows * self.tiles - 1).bit_length()
-
-    @property
-    def shared_memory(self) -> int:
-        """Bytes of a program, for adding up its warps."""
-        return self.warps * self.places * ROW_BLOCK * 8 * 4
 
     def programs(self, n: int, multiprocessors: int) -> int:
         """Size of the grid: an even share of row blocks each."""

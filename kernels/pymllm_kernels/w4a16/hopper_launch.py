@@ -212,18 +212,28 @@ def launch(
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
         prepared = _PREPARED[key] = _prepare(layer, m, strides, x.device, config)
-    prepared(x, weight, scale, zero, bias, out, perm)
+    gather_inputs, gemm = prepared
+    stream = raw_stream(x.get_device())
+    if gather_inputs is not None:
+        assert perm is not None
+        x = gather_inputs(x, perm, stream)
+    gemm(x, weight, scale, zero, bias, out, stream)
 
 
 def _prepare(
     layer: HopperLayer, m: int, strides: tuple[int, int], device: torch.device,
     config: HopperConfig | DecodeConfig | None,
-) -> _Prepared | PreparedDecode:  # fmt: skip
+) -> tuple[PreparedGather | None, _Prepared | PreparedDecode]:  # fmt: skip
     if config is None:
         config = resolve(HOPPER, layer.tuning_key, m, device_facts(device)).config
+    gather_inputs, stride_xm = None, strides[0]
+    if layer.act_order:
+        # By a kernel before the GEMM: TMA reads neighbours, and in the kernel for few tokens each
+        # multiprocessor would gather all of x, 32 scattered lines a load.
+        gather_inputs, stride_xm = PreparedGather(layer.act, m, layer.k, strides, device), layer.k
     if isinstance(config, DecodeConfig):
-        return PreparedDecode(layer, m, strides, device, config)
-    return _Prepared(layer, m, strides, device, config)
+        return gather_inputs, PreparedDecode(layer, m, stride_xm, device, config)
+    return gather_inputs, _Prepared(layer, m, stride_xm, device, config)
 
 
 def _beside_the_gathering(layer: HopperLayer, config: HopperConfig) -> HopperLayer:
@@ -239,16 +249,9 @@ class _Prepared:
     """A launch for one shape of a layer and number of tokens, but for the addresses."""
 
     def __init__(
-        self, layer: HopperLayer, m: int, strides: tuple[int, int], device: torch.device,
-        config: HopperConfig,
-    ) -> None:  # fmt: skip
+        self, layer: HopperLayer, m: int, stride_xm: int, device: torch.device, config: HopperConfig
+    ) -> None:
         n, k = layer.n, layer.k
-        self._gather = None
-        stride_xm = strides[0]
-        if layer.act_order:
-            # TMA reads neighbours.
-            self._gather = PreparedGather(layer.act, m, k, strides, device)
-            stride_xm = k
         grid = plan(config, m, n, k, layer.form, device_facts(device).multiprocessors)
         if grid is None:
             raise ValueError(
@@ -269,12 +272,8 @@ class _Prepared:
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
         zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
-        perm: torch.Tensor | None,
+        stream: int,
     ) -> None:  # fmt: skip
-        stream = raw_stream(self._device.index)
-        if self._gather is not None:
-            assert perm is not None
-            x = self._gather(x, perm, stream)
         to = out.data_ptr()
         maps = [
             self._x.at(x.data_ptr()),
@@ -296,7 +295,7 @@ class _Prepared:
         self._kernel.launch(self._programs, stream, maps, (*addresses, *self._sizes))
 
 
-_PREPARED: dict[tuple[object, ...], _Prepared | PreparedDecode] = {}
+_PREPARED: dict[tuple[object, ...], tuple[PreparedGather | None, _Prepared | PreparedDecode]] = {}
 
 
 @functools.cache
@@ -316,10 +315,11 @@ def _loaded(
 def forms(layer: HopperLayer, config: HopperConfig | DecodeConfig) -> list[Form]:
     """What a call of a layer with a configuration needs compiled."""
     if isinstance(config, DecodeConfig):
-        return hopper_decode_launch.forms(layer, config)
-    compiled = _beside_the_gathering(layer, config)
-    tiles = Form(specialization, (compiled, compiled_config(config)))
-    return [gather.form(layer.act), tiles] if layer.act_order else [tiles]
+        gemm = hopper_decode_launch.form(layer, config)
+    else:
+        compiled = _beside_the_gathering(layer, config)
+        gemm = Form(specialization, (compiled, compiled_config(config)))
+    return [gather.form(layer.act), gemm] if layer.act_order else [gemm]
 
 
 @functools.cache

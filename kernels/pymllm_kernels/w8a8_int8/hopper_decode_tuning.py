@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-ROW_BLOCK = 16
+from pymllm_kernels.common.row_block_config import ROW_BLOCK, RowBlockConfig
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(RowBlockConfig):
     """One compiled form of the kernel.
 
     Attributes:
@@ -30,19 +30,9 @@ class DecodeConfig:
         return self.block_m == 1
 
     @property
-    def tiles(self) -> int:
-        """Tiles of 8 tokens."""
-        return -(-self.block_m // 8)
-
-    @property
-    def places(self) -> int:
-        """Accumulators a thread adds up at once: a power of two."""
-        return 1 << (self.rows * self.tiles - 1).bit_length()
-
-    @property
     def shared_memory(self) -> int:
         """Bytes of a program, for adding up its warps, and 1 KB for the extremes of the token."""
-        return self.warps * self.places * ROW_BLOCK * 8 * 4 + 1024
+        return super().shared_memory + 1024
 
     def programs(self, n: int, multiprocessors: int) -> int:
         """Size of the grid: an even share of row blocks each."""
