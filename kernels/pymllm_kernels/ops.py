@@ -48,7 +48,8 @@ def _on_device(x: torch.Tensor) -> Iterator[None]:
 
 
 def _is_current(x: torch.Tensor) -> bool:
-    return not x.is_cuda or x.get_device() == torch.cuda.current_device()
+    # torch.cuda.current_device first asks whether CUDA runs, which a tensor of it has answered.
+    return not x.is_cuda or x.get_device() == torch._C._cuda_getDevice()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -114,12 +115,11 @@ def _w4a16_gemm_hopper(
     if not _is_current(x):
         with torch.cuda.device(x.device):
             return _w4a16_gemm_hopper(x, weight, scale, zero, input_perm, bias, group_size, bits)
-    rows, bias = _rows(x), _dense(bias)
-    n = weight.shape[1]
-    out = x.new_empty((rows.shape[0], n))
-    launch = _launches().w4a16
-    launch(rows, weight, scale, zero, bias, out, group_size=group_size, perm=input_perm, bits=bits)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+    rows = _rows(x)
+    out = _launches().w4a16(
+        rows, weight, scale, zero, _dense(bias), group_size=group_size, perm=input_perm, bits=bits
+    )
+    return out if rows is x else out.view(*x.shape[:-1], weight.shape[1])
 
 
 def _per_token_quant(
@@ -209,20 +209,19 @@ def _w8a8_int8_linear(
     bias: torch.Tensor | None,
     symmetric: bool,
 ) -> torch.Tensor:
-    if x.device.type == "cpu":
+    if x.is_cpu:
         raise RuntimeError("w8a8_int8_linear: found CPU tensors; the kernel needs a Hopper GPU")
     if not _is_current(x):
         with torch.cuda.device(x.device):
             return _w8a8_int8_linear(
                 x, weight, w_scale, w_column_sum, input_scale, input_zero, bias, symmetric
             )
-    rows, bias = _rows(x), _dense(bias)
-    n = weight.shape[0]
-    out = x.new_empty((rows.shape[0], n))
-    _launches().w8a8_int8(
-        rows, weight, w_scale, w_column_sum, input_scale, input_zero, bias, out, symmetric=symmetric
-    )
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+    rows = _rows(x)
+    out = _launches().w8a8_int8(
+        rows, weight, w_scale, w_column_sum, input_scale, input_zero, _dense(bias),
+        symmetric=symmetric,
+    )  # fmt: skip
+    return out if rows is x else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def w4a16_gemm_hopper(
@@ -275,8 +274,8 @@ def _direct(x: torch.Tensor) -> bool:
 
 
 class _Launches(NamedTuple):
-    w4a16: Callable[..., None]
-    w8a8_int8: Callable[..., None]
+    w4a16: Callable[..., torch.Tensor]
+    w8a8_int8: Callable[..., torch.Tensor]
 
 
 @functools.cache

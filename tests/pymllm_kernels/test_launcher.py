@@ -7,6 +7,9 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +46,32 @@ class Driver:
         self.maps: list[tuple[Any, ...]] = []
         self.sizes: list[int] = []
         monkeypatch.setattr(cuda, "load_function", lambda image, name, shared: 77)
-        monkeypatch.setattr(cuda, "launch", self.launch)
+        monkeypatch.setattr(cuda, "launcher", self.launcher)
         monkeypatch.setattr(cuda, "encode_map", self.encode)
 
-    def launch(self, config: cuda.LaunchConfig, function: int, parameters: Any) -> None:
+    def launcher(
+        self, config: cuda.LaunchConfig, function: int, parameters: Any
+    ) -> Callable[[], None]:
         assert function == 77
-        read = [ctypes.string_at(parameters[i], size) for i, size in enumerate(self.sizes)]
-        self.launches.append((config.grid_x, config.stream, read))
+
+        def launch() -> None:
+            read = [ctypes.string_at(parameters[i], size) for i, size in enumerate(self.sizes)]
+            # As the driver, another thread gets its turn meanwhile.
+            time.sleep(0)
+            self.launches.append((config.grid_x, config.stream, read))
+
+        return launch
 
     def encode(self, address: int, *described: Any) -> Any:
         self.maps.append((address, *described))
         store = ctypes.create_string_buffer(address.to_bytes(8, "little"), cuda.MAP_BYTES)
         store.start = ctypes.addressof(store)  # type: ignore[attr-defined]
         return store
+
+
+def quantization() -> launcher.LoadedKernel:
+    form = quant.specialization(quant.form_of(BF16, 4096, 4096, 1, 0, static=False, zero=False))
+    return launcher.LoadedKernel(form, compile_specialization(form, GPUTarget("cuda", 90, 32)))
 
 
 def as_int(value: bytes) -> int:
@@ -74,8 +90,11 @@ def test_parameters_are_in_the_order_of_the_kernel(monkeypatch: pytest.MonkeyPat
         for box, dtype, shape in zip(kernel.described, dtypes, shapes, strict=True)
     ]
     values = [2**40 + 16, 2**41, 2**42, 2**43, 3, 4096, -5, 1, 32, 0, 16, 4096]
+    launch = kernel.bind(maps, values[4:])
+    # Another launch of the kernel, with other sizes, has its own place.
+    kernel.bind(maps, [0] * 8)
     for addresses in ([16, 32, 48, 64], [80, 32, 48, 64]):
-        kernel.launch(128, 9, [m.at(a) for m, a in zip(maps, addresses, strict=True)], values)
+        launch(128, 9, [m[a] for m, a in zip(maps, addresses, strict=True)], values[:4])
     (grid, stream, read), (_, _, again) = driver.launches
     assert (grid, stream) == (128, 9)
     # A tensor map is followed by its sizes and strides.
@@ -98,11 +117,88 @@ def test_parameters_are_in_the_order_of_the_kernel(monkeypatch: pytest.MonkeyPat
 def test_tensor_maps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
     maps = launcher.TensorMaps({"block_size": [8, 64], "swizzle": 3}, BF16, (8, 64), (64, 1))
-    for i in range(2000):
-        maps.at(16 * i)
-        maps.at(16 * i)
+    first = maps[0]
+    for i in range(1, 2000):
+        assert maps[16 * i] is maps[16 * i]
     assert len(driver.maps) == 2000
-    assert len(maps._known) <= launcher._ADDRESSES_KEPT
+    assert len(maps) <= launcher._ADDRESSES_KEPT
+    # Who holds an item may launch with it although it was dropped meanwhile.
+    assert 0 not in maps and as_int(ctypes.string_at(first[0], 8)) == 0
+
+
+def test_wrong_counts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is launched: the driver would read what lies behind."""
+    driver = Driver(monkeypatch)
+    kernel = quantization()
+    launch = kernel.bind(sizes=[4096, 4096, 4096, 0])
+    for values in ([16, 32], [16, 32, 48, 64]):
+        with pytest.raises(ValueError, match="same size"):
+            launch(1, 9, (), values)
+    maps = launcher.TensorMaps({"block_size": [8, 64], "swizzle": 3}, BF16, (8, 64), (64, 1))
+    with pytest.raises(ValueError, match="zip"):
+        kernel.bind([maps])
+    with pytest.raises(ValueError, match="zip"):
+        launch(1, 9, [maps[16]], [16, 32, 48])
+    form = specialization(LAYER, CONFIG)
+    tiles = launcher.LoadedKernel(form, compile_specialization(form, GPUTarget("cuda", 90, 32)))
+    with pytest.raises(ValueError, match="zip"):
+        tiles.bind([maps] * 4)(1, 9, (), [16] * 12)
+    assert driver.launches == []
+
+
+def test_threads_do_not_mix_up_their_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All through one launch, each with addresses, grid and stream of its own."""
+    driver = Driver(monkeypatch)
+    launch = quantization().bind(sizes=[4096, 4096, 4096, 0])
+    driver.sizes = [8] * 3 + [4] * 4 + [8] * 2
+
+    def work(i: int) -> None:
+        for _ in range(500):
+            launch(i, 10 * i, (), [16 * i, 32 * i, 48 * i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(driver.launches) == 2000
+    for grid, stream, read in driver.launches:
+        assert stream == 10 * grid
+        assert [as_int(value) for value in read[:3]] == [16 * grid, 32 * grid, 48 * grid]
+        assert [as_int(value) for value in read[3:7]] == [4096, 4096, 4096, 0]
+
+
+def test_what_the_driver_says_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread without a context gets one and tries again; everything else is an error."""
+
+    class Library:
+        def __init__(self, statuses: list[int]) -> None:
+            self.statuses = statuses
+
+        def cuLaunchKernelEx(self, *arguments: Any) -> int:
+            assert len(arguments) == 4 and arguments[1].value == 77
+            return self.statuses.pop(0)
+
+        def cuGetErrorString(self, status: int, words: Any) -> None:
+            words._obj.value = b"words"
+
+    contexts: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", contexts.append)
+    config = cuda.launch_config(128, 0, cooperative=False, dependent=True)
+    for statuses, refused in (([0], None), ([201, 0], None), ([201, 201], 201), ([1], 1)):
+        library = Library(list(statuses))
+        monkeypatch.setattr(cuda, "driver", lambda library=library: library)
+        launch = cuda.launcher(config, 77, (ctypes.c_void_p * 2)())
+        if refused is None:
+            launch()
+        else:
+            with pytest.raises(
+                RuntimeError, match=f"launching a kernel: CUDA error {refused}: words"
+            ):
+                launch()
+        assert library.statuses == []
+    assert contexts == [3, 3]
 
 
 def test_other_parameters_are_refused() -> None:

@@ -8,9 +8,9 @@ lie in place, and a launch writes the ones that change and calls the driver.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import re
-import struct
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -31,8 +31,15 @@ _ADDRESSES_KEPT = 512
 _SCRATCH_POINTERS = 2
 
 
-class TensorMaps:
-    """The tensor maps of tensors that differ in their address only."""
+class TensorMaps(dict[int, tuple[int, Any]]):
+    """The tensor maps of tensors that differ in their address only, by that address.
+
+    An item is made when it is first asked for: where the map is, and the memory that must be kept
+    until it has been launched with.
+
+    Attributes:
+        beside: addresses of the kernel's parameters beside a map, the same for all.
+    """
 
     def __init__(
         self, described: dict[str, Any], dtype: torch.dtype, shape: Sequence[int],
@@ -46,32 +53,24 @@ class TensorMaps:
             shape: elements.
             strides: elements.
         """
+        super().__init__()
         self._dtype, self._shape, self._strides = dtype, tuple(shape), tuple(strides)
         self._box, self._swizzle = tuple(described["block_size"]), described["swizzle"]
-        # Parameters of the kernel beside the map.
         self._sizes = (ctypes.c_int32 * len(self._shape))(*self._shape)
         self._steps = (ctypes.c_int64 * len(self._shape))(*self._strides)
-        self._beside = (
+        self.beside = (
             *(ctypes.addressof(self._sizes) + 4 * i for i in range(len(self._shape))),
             *(ctypes.addressof(self._steps) + 8 * i for i in range(len(self._shape))),
         )
-        self._known: dict[int, tuple[list[int], Any]] = {}
 
-    def at(self, address: int) -> list[int]:
-        """Addresses of the parameters that stand for a tensor at ``address``."""
-        known = self._known.get(address)
-        return known[0] if known is not None else self._encode(address)
-
-    def _encode(self, address: int) -> list[int]:
+    def __missing__(self, address: int) -> tuple[int, Any]:
         store = cuda.encode_map(
             address, self._dtype, self._shape, self._strides, self._box, self._swizzle
         )
-        if len(self._known) >= _ADDRESSES_KEPT:
-            # A new dictionary: another thread may be about to launch with an old map.
-            self._known = {}
-        parameters = [store.start, *self._beside]
-        self._known[address] = (parameters, store)
-        return parameters
+        if len(self) >= _ADDRESSES_KEPT:
+            self.clear()
+        self[address] = made = (store.start, store)
+        return made
 
 
 class LoadedKernel:
@@ -94,42 +93,73 @@ class LoadedKernel:
         expect_parameters(form, layout, compiled.asm["ptx"])
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise RuntimeError(f"{form.name}: needs scratch memory, which is not passed")
-        self._function = cuda.load_function(compiled.asm["cubin"], metadata.name, metadata.shared)
-        self._config = cuda.launch_config(
-            32 * metadata.num_warps, metadata.shared,
+        function = cuda.load_function(compiled.asm["cubin"], metadata.name, metadata.shared)
+        config = functools.partial(
+            cuda.launch_config, 32 * metadata.num_warps, metadata.shared,
             cooperative=metadata.launch_cooperative_grid, dependent=metadata.launch_pdl,
         )  # fmt: skip
-        starts = [0, *itertools.accumulate(len(sizes) for sizes in layout)]
-        spans = list(zip(layout, itertools.pairwise(starts), strict=True))
-        self._maps = [slice(*span) for sizes, span in spans if len(sizes) > 1]
-        places = [span[0] for sizes, span in spans if len(sizes) == 1]
-        self._parameters = (ctypes.c_void_p * starts[-1])()
-        self._values = (ctypes.c_uint64 * len(places))()
+        self._new = functools.partial(Launch, function, config, layout)
+
+    @functools.cached_property
+    def launch(self) -> Launch:
+        """With nothing in place, of a kernel without tensor maps."""
+        return self.bind()
+
+    def bind(self, maps: Sequence[TensorMaps] = (), sizes: Sequence[int] = ()) -> Launch:
+        """A launch in which all is in place that does not change from call to call.
+
+        Args:
+            maps: of every tensor map in order.
+            sizes: values of the last arguments.
+        """
+        return self._new(maps, sizes)
+
+
+class Launch:
+    """Launches a kernel with other addresses every time; threads may call it at once."""
+
+    def __init__(
+        self, function: int, config: Callable[[], cuda.LaunchConfig], layout: list[list[int]],
+        maps: Sequence[TensorMaps], sizes: Sequence[int],
+    ) -> None:  # fmt: skip
+        """See :meth:`LoadedKernel.bind`."""
+        *starts, count = itertools.accumulate((len(taken) for taken in layout), initial=0)
+        spans = list(zip(layout, starts, strict=True))
+        self._maps = [start for taken, start in spans if len(taken) > 1]
+        places = [start for taken, start in spans if len(taken) == 1]
+        parameters: Any = (ctypes.c_void_p * count)()
+        self._values: Any = (ctypes.c_uint64 * len(places))()
         for j, place in enumerate(places):
-            self._parameters[place] = ctypes.addressof(self._values) + 8 * j
+            parameters[place] = ctypes.addressof(self._values) + 8 * j
+        for place, one in zip(self._maps, maps, strict=True):
+            parameters[place + 1 : place + 1 + len(one.beside)] = one.beside
         # Little endian: a 4-byte integer is the low half of its place.
-        self._pack = struct.Struct(f"<{len(places) - _SCRATCH_POINTERS}q").pack_into
+        given = len(places) - _SCRATCH_POINTERS - len(sizes)
+        self._values[given : given + len(sizes)] = list(sizes)
+        self._given = slice(given)
+        self._parameters, self._config, self._kept = parameters, config(), maps
+        self._start = cuda.launcher(self._config, function, parameters)
         self._lock = threading.Lock()
 
-    def launch(
-        self, programs: int, stream: int, maps: Sequence[list[int]], values: Sequence[int]
+    def __call__(
+        self, programs: int, stream: int, maps: Sequence[tuple[int, Any]], values: Sequence[int]
     ) -> None:
-        """Launches on the current device, which is the one it was loaded into.
+        """Launches on the current device, which is the one the kernel was loaded into.
 
         Args:
             programs: size of the grid.
             stream: handle.
-            maps: of every tensor map in order, what :meth:`TensorMaps.at` gives.
-            values: addresses and integers of all other arguments in order.
+            maps: of every tensor map in order, the item of its :class:`TensorMaps`.
+            values: addresses and integers of all other arguments in order, but those in place.
         """
         with self._lock:
-            self._pack(self._values, 0, *values)
-            parameters: Any = self._parameters
-            for place, one in zip(self._maps, maps, strict=True):
-                parameters[place] = one
+            self._values[self._given] = values
+            if maps or self._maps:
+                for place, one in zip(self._maps, maps, strict=True):
+                    self._parameters[place] = one[0]
             self._config.grid_x = programs
             self._config.stream = stream
-            cuda.launch(self._config, self._function, parameters)
+            self._start()
 
 
 def parameter_layout(form: Specialization) -> list[list[int]]:
@@ -187,7 +217,7 @@ class FormLauncher(Generic[K]):
     def __init__(self, specialize: Callable[[K], Specialization]) -> None:
         """Takes what makes a form of a key."""
         self._specialize = specialize
-        self._known: dict[tuple[K, torch.device], tuple[LoadedKernel, list[str]]] = {}
+        self._known: dict[tuple[K, torch.device], tuple[Launch, list[str]]] = {}
 
     def __call__(
         self, key: K, device: torch.device, programs: int,
@@ -208,11 +238,11 @@ class FormLauncher(Generic[K]):
         if known is None:
             form = self._specialize(key)
             names = [name for name in form.kernel.arg_names if name in form.signature]
-            known = self._known[key, device] = (load(form, device), names)
-        loaded, names = known
+            known = self._known[key, device] = (load(form, device).launch, names)
+        launch, names = known
         given = [arguments[name] for name in names]
         values: Any = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in given]
-        loaded.launch(programs, cuda.raw_stream(device.index), (), values)
+        launch(programs, cuda.raw_stream(device.index), (), values)
 
     @staticmethod
     def _launch_portable(

@@ -75,10 +75,10 @@ class PreparedDecode:
         reason = why_invalid(config, m, layer.form, facts.shared_memory)
         if reason is not None:
             raise ValueError(f"config: {reason}")
-        self._kernel = _kernel(layer.compiled, config, device)
         self._programs = config.programs(layer.n, facts.multiprocessors)
         share, more = divmod(layer.n // ROW_BLOCK, self._programs)
-        self._sizes = (m, layer.n, layer.k, layer.groups, stride_xm // 8, share, more)
+        sizes = (m, layer.n, layer.k, layer.groups, stride_xm // 8, share, more)
+        self._launch = _kernel(layer.compiled, config, device).bind(sizes=sizes)
 
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
@@ -86,9 +86,13 @@ class PreparedDecode:
         stream: int,
     ) -> None:  # fmt: skip
         """Launches on the current device."""
-        given = (x, weight, scale, zero, bias, out)
-        addresses = (tensor.data_ptr() for tensor in given if tensor is not None)
-        self._kernel.launch(self._programs, stream, (), (*addresses, *self._sizes))
+        addresses = [x.data_ptr(), weight.data_ptr(), scale.data_ptr()]
+        if zero is not None:
+            addresses.append(zero.data_ptr())
+        if bias is not None:
+            addresses.append(bias.data_ptr())
+        addresses.append(out.data_ptr())
+        self._launch(self._programs, stream, (), addresses)
 
 
 def form(layer: HopperLayer, config: DecodeConfig) -> Form:

@@ -178,14 +178,14 @@ def launch(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     bias: torch.Tensor | None,
-    out: torch.Tensor,
+    out: torch.Tensor | None = None,
     *,
     group_size: int,
     perm: torch.Tensor | None = None,
     bits: int = 4,
     config: HopperConfig | DecodeConfig | None = None,
-) -> None:
-    """Fills a contiguous ``out [M, N]`` from ``x [M, K]`` on the current device.
+) -> torch.Tensor:
+    """Fills a contiguous ``out [M, N]``, a new one if absent, from ``x [M, K]`` on the current device.
 
     Whether the layer fits is the caller's duty. An ``x`` that the kernels cannot read (rows not
     contiguous or not on 16 bytes) is copied first. ``perm`` int32 ``[K]``: the input at each column of
@@ -193,15 +193,20 @@ def launch(
     """
     m, k = x.shape
     _, n, words = weight.shape
+    if out is None:
+        out = x.new_empty(m, n)
     if m == 0:
-        return
-    if perm is None:
-        x = _readable(x)
+        return out
+    stride_xm, stride_xk = x.stride()
     # The stride of a single row may be anything.
-    strides = (x.stride(0) if m > 1 else k, x.stride(1))
+    strides = (stride_xm if m > 1 else k, stride_xk)
+    if perm is None and (x.data_ptr() % 16 or stride_xk != 1 or strides[0] % 8):
+        x = x.clone(memory_format=torch.contiguous_format)
+        strides = (k, 1)
+    index = x.get_device()
     key = (
         x.dtype, scale.dtype, zero is None, None if bias is None else bias.dtype, n, k, words, bits,
-        group_size, perm is None, m, strides, x.get_device(), config, state.generation,
+        group_size, perm is None, m, strides, index, config, state.generation,
     )  # fmt: skip
     prepared = _PREPARED.get(key)
     if prepared is None:
@@ -213,11 +218,12 @@ def launch(
             _PREPARED.clear()
         prepared = _PREPARED[key] = _prepare(layer, m, strides, x.device, config)
     gather_inputs, gemm = prepared
-    stream = raw_stream(x.get_device())
+    stream = raw_stream(index)
     if gather_inputs is not None:
         assert perm is not None
         x = gather_inputs(x, perm, stream)
     gemm(x, weight, scale, zero, bias, out, stream)
+    return out
 
 
 def _prepare(
@@ -257,8 +263,8 @@ class _Prepared:
             raise ValueError(
                 f"config: found {config}, which cannot share the tiles of [{m}, {k}] x {n}"
             )
-        self._kernel, (weight, scale, zero) = _loaded(layer, compiled_config(config), device)
-        boxes = self._kernel.described
+        kernel, (weight, scale, zero) = _loaded(layer, compiled_config(config), device)
+        boxes = kernel.described
         self._x = TensorMaps(boxes[0], layer.act, (m, k), (stride_xm, 1))
         self._weight, self._scale, self._zero = weight, scale, zero
         self._out = None
@@ -267,7 +273,9 @@ class _Prepared:
         self._device = device
         self._programs = grid.programs
         self._part_elements = grid.part_elements(config)
-        self._sizes = (m, n, layer.groups, grid.tiles_m, grid.tiles_n, grid.whole, grid.steps, n)
+        maps = [one for one in (self._x, weight, scale, zero, self._out) if one is not None]
+        sizes = (m, n, layer.groups, grid.tiles_m, grid.tiles_n, grid.whole, grid.steps, n)
+        self._launch = kernel.bind(maps, sizes)
 
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
@@ -276,15 +284,15 @@ class _Prepared:
     ) -> None:  # fmt: skip
         to = out.data_ptr()
         maps = [
-            self._x.at(x.data_ptr()),
-            self._weight.at(weight.data_ptr()),
-            self._scale.at(scale.data_ptr()),
+            self._x[x.data_ptr()],
+            self._weight[weight.data_ptr()],
+            self._scale[scale.data_ptr()],
         ]
         if zero is not None:
             assert self._zero is not None
-            maps.append(self._zero.at(zero.data_ptr()))
+            maps.append(self._zero[zero.data_ptr()])
         if self._out is not None:
-            maps.append(self._out.at(to))
+            maps.append(self._out[to])
         addresses = [to]
         if bias is not None:
             addresses.append(bias.data_ptr())
@@ -292,7 +300,7 @@ class _Prepared:
             # Kept alive by the stream's order: torch hands it out again to later work only.
             part = x.new_empty(self._part_elements, dtype=torch.float32)
             addresses += (part.data_ptr(), counters(self._device).data_ptr())
-        self._kernel.launch(self._programs, stream, maps, (*addresses, *self._sizes))
+        self._launch(self._programs, stream, maps, addresses)
 
 
 _PREPARED: dict[tuple[object, ...], tuple[PreparedGather | None, _Prepared | PreparedDecode]] = {}
@@ -325,16 +333,6 @@ def forms(layer: HopperLayer, config: HopperConfig | DecodeConfig) -> list[Form]
 @functools.cache
 def _kernel(layer: HopperLayer, config: HopperConfig, device: torch.device) -> LoadedKernel:
     return load(specialization(layer, config), device)
-
-
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    if x.data_ptr() % 16 == 0:
-        # K is a multiple of 8: rows of a contiguous x are multiples of 16 bytes.
-        if x.is_contiguous():
-            return x
-        if x.stride(1) == 1 and (x.shape[0] == 1 or x.stride(0) % 8 == 0):
-            return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _tile_type(dtype: torch.dtype, rows: int, columns: int) -> str:

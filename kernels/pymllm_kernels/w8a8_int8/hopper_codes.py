@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from pymllm_kernels.common.forms import Form
@@ -11,25 +9,6 @@ from pymllm_kernels.per_token_quant_int8 import launch as quant
 from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
 
 _ALIGNMENT = 256
-
-
-class Codes(NamedTuple):
-    """What a launched quantization leaves to the next kernel of the stream: addresses.
-
-    Attributes:
-        memory: kept until that kernel is launched; torch hands freed memory out to later work only.
-        codes: int8 ``[M, K]``, contiguous.
-        scale: fp32.
-        zero: int32, of a layer whose activations have zero points, or nothing.
-        parts: of the workspace and of counters that are 0, of this call alone: captured graphs may
-            run beside each other. Nothing without parts.
-    """
-
-    memory: torch.Tensor
-    codes: int
-    scale: int
-    zero: tuple[int, ...]
-    parts: tuple[int, ...]
 
 
 class Quantization:
@@ -55,9 +34,8 @@ class Quantization:
             layer.act, k, *strides, x.data_ptr(), static=layer.static, zero=layer.zero,
             counters=counters > 0, pdl=early,
         )  # fmt: skip
-        self._kernel = quant.loaded(form, x.device)
         taken = (strides[0],) if form.contiguous else strides
-        self._sizes = (k, *taken, k, counters)
+        self._launch = quant.loaded(form, x.device).bind(sizes=(k, *taken, k, counters))
         self._programs = quant.programs(form, m, k)
         self._zero, self._shared = layer.zero, parts > 0
         # One allocation for what lives between the two kernels and inside the second.
@@ -71,8 +49,16 @@ class Quantization:
     def __call__(
         self, x: torch.Tensor, input_scale: torch.Tensor | None, input_zero: torch.Tensor | None,
         stream: int,
-    ) -> Codes:  # fmt: skip
-        """Launches it."""
+    ) -> tuple[torch.Tensor, int, int, tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+        """Launches it.
+
+        Returns:
+            Memory that is kept until the next kernel is launched (torch hands freed memory out to later
+            work only), then what it holds for that kernel, as addresses: the codes, int8 ``[M, K]``,
+            contiguous; their scales, fp32; zero points, int32, of a layer whose activations have
+            them; the workspace and counters that are 0, if there are parts, of this call alone:
+            captured graphs may run beside each other.
+        """
         memory = x.new_empty(self._bytes, dtype=torch.uint8)
         codes = memory.data_ptr()
         scale = codes + self._at_scale if input_scale is None else input_scale.data_ptr()
@@ -84,10 +70,9 @@ class Quantization:
         if self._shared:
             counters = (codes + self._at_counters,)
             parts = (codes + self._at_parts, *counters)
-        self._kernel.launch(
-            self._programs, stream, (), (x.data_ptr(), codes, scale, *zero, *counters, *self._sizes)
-        )
-        return Codes(memory, codes, scale, zero, parts)
+        addresses = (x.data_ptr(), codes, scale, *zero, *counters)
+        self._launch(self._programs, stream, (), addresses)
+        return memory, codes, scale, zero, parts
 
 
 def quantization_form(layer: HopperLayer, *, early: bool, counters: int = 0) -> Form:

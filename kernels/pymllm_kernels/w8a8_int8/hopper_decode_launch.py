@@ -6,7 +6,6 @@ import functools
 
 import torch
 
-from pymllm_kernels.common.cuda import raw_stream
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.launcher import LoadedKernel, load
 from pymllm_kernels.common.specialization import Specialization, pointer_type
@@ -78,19 +77,18 @@ class PreparedDecode:
         self._quantize = None
         if not config.fused:
             self._quantize = Quantization(layer, m, strides, x, early=True)
-        self._kernel = _kernel(layer.compiled, config, x.device)
+        sizes = (m, layer.n, layer.k)
+        self._launch = _kernel(layer.compiled, config, x.device).bind(sizes=sizes)
         self._programs = config.programs(layer.n, facts.multiprocessors)
-        self._sizes = (m, layer.n, layer.k)
-        self._index = x.device.index
         self._zero = layer.zero
 
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor,
         w_column_sum: torch.Tensor | None, input_scale: torch.Tensor | None,
         input_zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+        stream: int,
     ) -> None:  # fmt: skip
-        """Launches on the current device and stream."""
-        stream = raw_stream(self._index)
+        """Launches on the current device."""
         addresses: list[int]
         if self._quantize is None:
             if x.data_ptr() % 16 or x.stride(1) != 1:
@@ -98,17 +96,15 @@ class PreparedDecode:
                 x = x.clone(memory_format=torch.contiguous_format)
             addresses = [x.data_ptr(), weight.data_ptr(), w_scale.data_ptr()]
         else:
-            made = self._quantize(x, input_scale, input_zero, stream)
-            addresses = [
-                made.codes, weight.data_ptr(), made.scale, w_scale.data_ptr(), *made.zero,
-            ]  # fmt: skip
+            _memory, codes, scale, zero, _ = self._quantize(x, input_scale, input_zero, stream)
+            addresses = [codes, weight.data_ptr(), scale, w_scale.data_ptr(), *zero]
         if self._zero:
             assert w_column_sum is not None
             addresses.append(w_column_sum.data_ptr())
         if bias is not None:
             addresses.append(bias.data_ptr())
         addresses.append(out.data_ptr())
-        self._kernel.launch(self._programs, stream, (), (*addresses, *self._sizes))
+        self._launch(self._programs, stream, (), addresses)
 
 
 def forms(layer: HopperLayer, config: DecodeConfig) -> list[Form]:

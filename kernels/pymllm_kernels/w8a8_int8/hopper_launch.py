@@ -100,15 +100,16 @@ def launch_linear(
     input_scale: torch.Tensor | None,
     input_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
-    out: torch.Tensor,
+    out: torch.Tensor | None = None,
     *,
     symmetric: bool,
     config: HopperConfig | DecodeConfig | None = None,
     plan: Plan | None = None,
-) -> None:
-    """Quantizes ``x [M, K]`` and fills ``out [M, N]``: two kernels, which overlap for few tokens.
+) -> torch.Tensor:
+    """Quantizes ``x [M, K]`` and fills and returns ``out [M, N]``, a new one if absent.
 
-    Or one, for one token. On the current device, whose current stream is used.
+    By two kernels, which overlap for few tokens, or one, for one token. On the current device, whose
+    current stream is used.
 
     Args:
         x: bf16 or fp16, any strides.
@@ -125,15 +126,19 @@ def launch_linear(
     """
     m, k = x.shape
     n = weight.shape[0]
+    if out is None:
+        out = x.new_empty(m, n)
     if m == 0 or n == 0:
-        return
+        return out
     static = input_scale is not None
     zero = input_zero is not None if static else not symmetric
+    stride_xm, stride_xk = x.stride()
     # The stride of a single row may be anything.
-    strides = (x.stride(0) if m > 1 else k, x.stride(1))
+    strides = (stride_xm if m > 1 else k, stride_xk)
+    index = x.get_device()
     key = (
         x.dtype, w_scale.numel() > 1, static, zero, None if bias is None else bias.dtype, n, k, m,
-        strides, x.data_ptr() % 16, x.get_device(), config, plan, state.generation,
+        strides, x.data_ptr() % 16, index, config, plan, state.generation,
     )  # fmt: skip
     prepared = _PREPARED.get(key)
     if prepared is None:
@@ -141,7 +146,9 @@ def launch_linear(
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
         prepared = _PREPARED[key] = _prepare(layer, m, strides, x, config, plan)
-    prepared(x, weight, w_scale, w_column_sum, input_scale, input_zero, bias, out)
+    stream = raw_stream(index)
+    prepared(x, weight, w_scale, w_column_sum, input_scale, input_zero, bias, out, stream)
+    return out
 
 
 def _prepare(
@@ -172,29 +179,29 @@ class _Prepared:
         self._quantize = Quantization(
             layer, m, strides, x, early=plan.early, counters=plan.counters, parts=plan.parts
         )
-        self._gemm, self._weight = _loaded(layer, compiled_config(config), plan.dependent, device)
-        boxes = self._gemm.described
+        gemm, self._weight = _loaded(layer, compiled_config(config), plan.dependent, device)
+        boxes = gemm.described
         self._x = TensorMaps(boxes[0], torch.int8, (m, k), (k, 1))
         self._out = TensorMaps(boxes[2], layer.act, (m, n), (n, 1))
-        self._sizes = (n, plan.whole)
-        self._programs, self._index = plan.programs, device.index
+        self._gemm = gemm.bind((self._x, self._weight, self._out), (n, plan.whole))
+        self._programs = plan.programs
 
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor,
         w_column_sum: torch.Tensor | None, input_scale: torch.Tensor | None,
         input_zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+        stream: int,
     ) -> None:  # fmt: skip
         to = out.data_ptr()
-        stream = raw_stream(self._index)
-        made = self._quantize(x, input_scale, input_zero, stream)
-        addresses = [to, made.scale, w_scale.data_ptr(), *made.zero]
-        if w_column_sum is not None and made.zero:
+        _memory, codes, scale, zero, parts = self._quantize(x, input_scale, input_zero, stream)
+        addresses = [to, scale, w_scale.data_ptr(), *zero]
+        if w_column_sum is not None and zero:
             addresses.append(w_column_sum.data_ptr())
         if bias is not None:
             addresses.append(bias.data_ptr())
-        maps = (self._x.at(made.codes), self._weight.at(weight.data_ptr()), self._out.at(to))
-        values = (*addresses, *made.parts, *self._sizes)
-        self._gemm.launch(self._programs, stream, maps, values)
+        addresses += parts
+        maps = (self._x[codes], self._weight[weight.data_ptr()], self._out[to])
+        self._gemm(self._programs, stream, maps, addresses)
 
 
 _PREPARED: dict[tuple[object, ...], _Prepared | PreparedDecode] = {}

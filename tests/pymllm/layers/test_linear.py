@@ -116,6 +116,11 @@ def test_bias(library, blocks, kind):
     with_bias = layer(x)
     bias, layer.bias = layer.bias, None
     torch.testing.assert_close(with_bias, layer(x) + bias)
+    # Some tools put something in a parameter's place that computes it.
+    layer.bias = bias
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", torch.nn.Identity())
+    assert "bias" not in layer._parameters
+    assert torch.equal(layer(x), with_bias)
 
 
 @pytest.mark.parametrize("kind", KINDS)
