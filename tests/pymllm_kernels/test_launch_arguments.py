@@ -14,7 +14,11 @@ from pymllm_kernels import ops, planned_device
 from pymllm_kernels.common import launcher
 from pymllm_kernels.gather_inputs import launch as gather
 from pymllm_kernels.per_token_quant_int8 import launch as quant
+from pymllm_kernels.tuning import state
 from pymllm_kernels.w4a16 import hopper_decode_launch, hopper_launch
+from pymllm_kernels.w4a16.hopper_tuning import HopperConfig
+from pymllm_kernels.w4a16.tunable import HOPPER as W4A16
+from pymllm_kernels.w4a16.tunable import hopper_key
 from pymllm_kernels.w8a8_int8 import hopper_decode_launch as w8a8_decode_launch
 from pymllm_kernels.w8a8_int8 import hopper_launch as w8a8_launch
 
@@ -34,12 +38,19 @@ class Kernel:
         self.values = [name for name in names if name not in self.maps]
         self.described = [{"block_size": name, "swizzle": 0} for name in self.maps]
 
-    def launch(self, programs: int, stream: int, maps: Any, values: Any) -> None:
-        given = dict(zip(self.maps, maps, strict=True)) | dict(
-            zip(self.values, values, strict=True)
-        )
-        assert stream == 5
-        Kernel.launches.append((self.form.name, programs, given))
+    def bind(self, maps: Any = (), sizes: Any = ()) -> Callable[..., None]:
+        def launch(programs: int, stream: int, items: Any, values: Any) -> None:
+            assert stream == 5
+            # What is launched is what was bound.
+            assert [item[:-1] for item in items] == [one.made for one in maps]
+            given = dict(zip(self.maps, items, strict=True))
+            given |= dict(zip(self.values, (*values, *sizes), strict=True))
+            Kernel.launches.append((self.form.name, programs, given))
+
+        return launch
+
+    def launch(self, *arguments: Any) -> None:
+        self.bind()(*arguments)
 
 
 class Maps:
@@ -48,7 +59,7 @@ class Maps:
     def __init__(self, described: Any, dtype: Any, shape: Any, strides: Any) -> None:
         self.made = (described["block_size"], dtype, tuple(shape), tuple(strides))
 
-    def at(self, address: int) -> Any:
+    def __getitem__(self, address: int) -> Any:
         return (*self.made, address)
 
 
@@ -112,7 +123,9 @@ def test_few_tokens_in_act_order() -> None:
     x = torch.randn(6, 8193).to(BF16)[::2, 1:8193:2]
     hopper_launch.launch(x, weight, scale, None, None, out, group_size=128, perm=perm)
     (name, programs, given), (decode, _, next_given) = Kernel.launches
-    assert name == "gather-inputs" and programs == 3 * 8 and decode.endswith("act-order")
+    # Two programs a row.
+    assert name == "gather-inputs-4096-strided" and programs == 2 * 3
+    assert decode.endswith("act-order")
     gathered = given.pop("out_ptr")
     assert given == {
         "x_ptr": x.data_ptr(), "perm_ptr": perm.data_ptr(), "k8": 512, "stride_xm": 2 * 8193,
@@ -125,7 +138,7 @@ def test_few_tokens_in_act_order() -> None:
 def test_tiles_in_act_order(m: int) -> None:
     t = w4a16(m, perm=torch.arange(4096, dtype=torch.int32))
     (name, programs, given), (tiles, _, next_given) = Kernel.launches
-    assert name == "gather-inputs" and programs == 8 * m
+    assert name == "gather-inputs-4096" and programs == 2 * m and given["stride_xm"] == 4096
     assert given["x_ptr"] == t["x"].data_ptr()
     # Many tokens wait until they are gathered, in the form of layers without an order.
     assert ("act-order" in tiles) == (m == 40)
@@ -155,6 +168,45 @@ def test_a_launch_is_prepared_once_for_many_addresses() -> None:
     assert len(hopper_launch._PREPARED) == 1
     (_, _, a), (_, _, b) = Kernel.launches
     assert (a["x_desc"][-1], b["x_desc"][-1]) == (first["x"].data_ptr(), second["x"].data_ptr())
+
+
+@pytest.mark.parametrize("m", [1, 100])
+def test_every_call_reads_the_weight_anew(m: int) -> None:
+    """Tensors may be moved or replaced between calls: addresses are not kept, a new dtype is seen."""
+    x, weight = torch.empty(m, 4096, dtype=BF16), torch.empty(32, 4096, 32, dtype=torch.int16)
+    scale = torch.empty(32, 4096, dtype=BF16)
+
+    def launched(x: torch.Tensor, bias: torch.Tensor | None = None) -> dict[str, Any]:
+        out = ops.w4a16_gemm_hopper(x, weight, scale, None, None, bias, 128)
+        assert (out.shape, out.dtype) == ((*x.shape[:-1], 4096), x.dtype)
+        given: dict[str, Any] = Kernel.launches[-1][2]
+        return {name: v[-1] if name.endswith("_desc") else v for name, v in given.items()}
+
+    kind = "ptr" if m == 1 else "desc"
+    assert launched(x)[f"weight_{kind}"] == weight.data_ptr()
+    weight.data, scale.data = weight.clone(), scale.clone()
+    given = launched(x.view(1, m, 4096))
+    assert given[f"weight_{kind}"] == weight.data_ptr()
+    assert given[f"scale_{kind}"] == scale.data_ptr()
+    for bias in (torch.empty(4096, dtype=BF16), torch.empty(4096), torch.empty(8192)[::2]):
+        given = launched(x, bias)
+        assert (given["bias_ptr"] == bias.data_ptr()) == (bias.stride(0) == 1)
+    forms = [form for form, *_ in hopper_launch._PREPARED]
+    assert forms == [BF16] * 3
+    launched(x.to(torch.float16))
+    assert [form for form, *_ in hopper_launch._PREPARED] == [BF16] * 3 + [torch.float16]
+
+
+def test_a_new_configuration_is_seen() -> None:
+    """The next call of a layer that has been called takes what was pinned meanwhile."""
+    w4a16(1)
+    key = hopper_key(4096, 4096, 128, BF16, BF16, symmetric=False, bits=4)
+    config = HopperConfig(block_m=8, consumers=2, slots=4, span=2, share=4)
+    with state.pinned_for_now(W4A16, key, config):
+        w4a16(1)
+    w4a16(1)
+    names = [name for name, _, _ in Kernel.launches]
+    assert ["decode" in name for name in names] == [True, False, True]
 
 
 def test_strided_and_unaligned_rows() -> None:
@@ -200,8 +252,8 @@ def test_int8(m: int, symmetric: bool, static: bool) -> None:
     n, k = 4096, 14336
     t = w8a8(m, n, k, symmetric=symmetric, static=static)
     (_, rows, quantized), (name, _, given) = Kernel.launches
-    # A program a row, or 1024 values of it where nothing has to be found first.
-    assert rows == (14 * m if static else m) and quantized["x_ptr"] == t["x"].data_ptr()
+    # A program a row, or 2048 values of it where nothing has to be found first.
+    assert rows == (7 * m if static else m) and quantized["x_ptr"] == t["x"].data_ptr()
     assert (quantized["K"], quantized["stride_xm"], quantized["stride_cm"]) == (k, k, k)
     # What the first kernel writes is what the second reads.
     codes, scale = quantized["codes_ptr"], quantized["scale_ptr"]
@@ -257,7 +309,7 @@ def test_int8_of_few_tokens_of_a_small_layer(symmetric: bool, static: bool) -> N
     n, k = 2048, 2048
     t = w8a8(5, n, k, symmetric=symmetric, static=static)
     (_, rows, quantized), (_, _, given) = Kernel.launches
-    assert rows == (10 if static else 5) and quantized["x_ptr"] == t["x"].data_ptr()
+    assert rows == 5 and quantized["x_ptr"] == t["x"].data_ptr()
     assert given["x_ptr"] == quantized["codes_ptr"] and given["M"] == 5
     assert given["x_scale_ptr"] == quantized["scale_ptr"]
     assert given.get("x_zero_ptr") == quantized.get("zero_ptr")

@@ -156,6 +156,25 @@ def test_act_order_is_gathered() -> None:
     assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.rounded))
 
 
+@pytest.mark.parametrize("k", [128, 1408, 4096])
+@pytest.mark.parametrize("m", [3, 24, 50])
+def test_act_order_gives_the_bits_of_gathering_first(m: int, k: int) -> None:
+    """Started beside the gathering, in memory that the call before may still be reading."""
+    layer = make_w4a16(4112, k, 64, act_order=True, device="cuda")
+    weight = prepared(layer)
+    perm = weight.input_perm
+    assert perm is not None
+    base = torch.randn(m, 2 * k + 1, device="cuda").to(BF16)
+    for x in (base[:, :k], base[:, 1 : k + 1], base[:, ::2][:, :k]):
+        for config in configurations(m, 4112, k, weight, 64):
+            expected = run(x[:, perm.long()], weight, None, 64, config)
+            for _ in range(20):
+                out = torch.full_like(expected, float("nan"))
+                launch(x, *weight[:3], None, out, group_size=64, perm=perm, config=config)
+                assert torch.equal(out, expected), config
+    assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.rounded))
+
+
 def test_two_streams_at_once() -> None:
     layer = make_w4a16(4096, 4096, 128, device="cuda")
     weight = prepared(layer)

@@ -15,7 +15,8 @@ def gather_inputs_kernel(
     k8,  # K / 8
     stride_xm,
     stride_xk,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a program
+    ROW: tl.constexpr,  # the power of two that holds a row, 0 for one too long for shared memory
 ):
     # The next kernel waits for the end of this one before it reads what is written here.
     gdc_launch_dependents()
@@ -24,6 +25,12 @@ def gather_inputs_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = k < K
-    source = tl.load(perm_ptr + k, mask=inside, other=0).to(tl.int64)
-    x = tl.load(x_ptr + row * stride_xm + source * stride_xk, mask=inside)
+    source = tl.load(perm_ptr + k, mask=inside, other=0)
+    if ROW:
+        # Through shared memory: a scattered load takes a cycle of the L1 a value, and waits for perm.
+        lanes = tl.arange(0, ROW)
+        values = tl.load(x_ptr + row * stride_xm + lanes.to(tl.int64) * stride_xk, mask=lanes < K)
+        x = tl.gather(values, source, 0)
+    else:
+        x = tl.load(x_ptr + row * stride_xm + source.to(tl.int64) * stride_xk, mask=inside)
     tl.store(out_ptr + row * K + k, x, mask=inside)

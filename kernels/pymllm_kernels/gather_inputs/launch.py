@@ -11,24 +11,37 @@ from pymllm_kernels.common.launcher import LoadedKernel, load
 from pymllm_kernels.common.specialization import Specialization, pointer_type
 from pymllm_kernels.gather_inputs.kernel import gather_inputs_kernel
 
-# A few programs a row: their latency is what counts.
+# A row of up to this many values is put into shared memory, 64 KB, by each of its programs.
+_MOST_IN_SHARED = 32768
+_PROGRAMS = 2
 _BLOCK = 512
 
 
-def specialization(act: torch.dtype) -> Specialization:
-    """The compiled form for activations of a dtype."""
+def blocks_of(k: int) -> tuple[int, int]:
+    """(columns of a program, the power of two that holds a row or 0) for rows of ``k`` values."""
+    row = max(1 << (k - 1).bit_length(), 256)
+    return (row // _PROGRAMS, row) if row <= _MOST_IN_SHARED else (_BLOCK, 0)
+
+
+def specialization(act: torch.dtype, block: int, row: int, even: bool) -> Specialization:
+    """The compiled form for activations of a dtype and blocks of :func:`blocks_of`.
+
+    ``even``: whether rows are contiguous and on 16 elements.
+    """
     pointer = pointer_type(act)
+    signature = {
+        "x_ptr": pointer, "perm_ptr": "*i32", "out_ptr": pointer,
+        "k8": "i32", "stride_xm": "i64", **({} if even else {"stride_xk": "i64"}),
+    }  # fmt: skip
+    constants = {"BLOCK": block, "ROW": row, **({"stride_xk": 1} if even else {})}
     return Specialization(
-        "gather-inputs",
+        f"gather-inputs-{row or 'long'}{'' if even else '-strided'}",
         gather_inputs_kernel,
-        {
-            "x_ptr": pointer, "perm_ptr": "*i32", "out_ptr": pointer,
-            "k8": "i32", "stride_xm": "i64", "stride_xk": "i64",
-        },
-        {"BLOCK": _BLOCK},
+        signature,
+        constants,
         num_warps=8,
-        divisible_by_16=("perm_ptr", "out_ptr"),
-    )  # fmt: skip
+        divisible_by_16=("perm_ptr", "out_ptr", *(("x_ptr", "stride_xm") if even else ())),
+    )
 
 
 class PreparedGather:
@@ -38,24 +51,31 @@ class PreparedGather:
         self, act: torch.dtype, m: int, k: int, strides: tuple[int, int], device: torch.device
     ) -> None:
         """Of ``x [m, k]`` with these strides, ``k`` a multiple of 8."""
-        self._kernel = _kernel(act, device)
-        self._programs = m * -(-k // _BLOCK)
-        self._sizes = (k // 8, *strides)
-        self._shape = (m, k)
+        block, row = blocks_of(k)
+        self._even = strides[0] % 16 == 0 and strides[1] == 1
+        self._form = (act, block, row)
+        self._device = device
+        self._programs = m * -(-k // block)
+        self._shape, self._strides = (m, k), strides
 
     def __call__(self, x: torch.Tensor, perm: torch.Tensor, stream: int) -> torch.Tensor:
         """``x[:, perm]``, on the current device; a dependent kernel may start at once."""
         out = x.new_empty(self._shape)
-        addresses = (x.data_ptr(), perm.data_ptr(), out.data_ptr())
-        self._kernel.launch(self._programs, stream, (), (*addresses, *self._sizes))
+        at = x.data_ptr()
+        even = self._even and at % 16 == 0
+        strides = self._strides[:1] if even else self._strides
+        values = (at, perm.data_ptr(), out.data_ptr(), self._shape[1] // 8, *strides)
+        _kernel(*self._form, even, self._device).launch(self._programs, stream, (), values)
         return out
 
 
-def form(act: torch.dtype) -> Form:
-    """What a call needs compiled."""
-    return Form(specialization, (act,))
+def form(act: torch.dtype, k: int) -> Form:
+    """What a call with rows of ``k`` values, contiguous and on 16 elements, needs compiled."""
+    return Form(specialization, (act, *blocks_of(k), k % 16 == 0))
 
 
 @functools.cache
-def _kernel(act: torch.dtype, device: torch.device) -> LoadedKernel:
-    return load(specialization(act), device)
+def _kernel(
+    act: torch.dtype, block: int, row: int, even: bool, device: torch.device
+) -> LoadedKernel:
+    return load(specialization(act, block, row, even), device)

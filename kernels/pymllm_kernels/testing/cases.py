@@ -158,7 +158,9 @@ def w4a16_decode_cases() -> Iterator[Specialization]:
         for config in valid[:: len(valid) - 1] if few else valid:
             form = specialization(layer, config)
             yield replace(form, name=f"{form.name}-{variant.name}")
-    yield gather.specialization(torch.bfloat16)
+    for k in (4096, 14336, 53248):
+        for even in (True, False):
+            yield gather.specialization(torch.bfloat16, *gather.blocks_of(k), even)
 
 
 def w8a8_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specialization]:

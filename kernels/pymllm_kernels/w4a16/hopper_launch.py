@@ -327,7 +327,7 @@ def forms(layer: HopperLayer, config: HopperConfig | DecodeConfig) -> list[Form]
     else:
         compiled = _beside_the_gathering(layer, config)
         gemm = Form(specialization, (compiled, compiled_config(config)))
-    return [gather.form(layer.act), gemm] if layer.act_order else [gemm]
+    return [gather.form(layer.act, layer.k), gemm] if layer.act_order else [gemm]
 
 
 @functools.cache
