@@ -110,6 +110,24 @@ def test_static(triton_device: str, dtype: torch.dtype, zero: int | None) -> Non
     assert codes[0, :3].tolist() == [zero or 0, 127, -128]
 
 
+@pytest.mark.parametrize("zero", [None, 3])
+@pytest.mark.parametrize(
+    "scale", [0.1, 1 / 3, 0.0078125, 2.0**-89, 2.0**-110, 2.0**110, 0.0, -0.5, 1e-44]
+)
+def test_static_quotients_near_ties(triton_device: str, scale: float, zero: int | None) -> None:
+    """Where codes change, and the neighbours of those values in fp32: one wrong rounding shows."""
+    edges = (torch.arange(-300, 300) + 0.5) * torch.tensor(scale)
+    up, down = (torch.nextafter(edges, torch.full_like(edges, to)) for to in (3e38, -3e38))
+    x = torch.stack([edges, up, down, edges.to(torch.bfloat16).float(), edges / 2]).to(
+        triton_device
+    )
+    given = torch.tensor([scale], device=triton_device)
+    point = None if zero is None else torch.tensor([zero], dtype=torch.int32, device=triton_device)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=triton_device)
+    launches.launch_static(x, codes, given, point)
+    assert torch.equal(codes, reference.static_quant_int8(x, given, point))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_strided_rows_are_read_in_place(triton_device: str, symmetric: bool) -> None:
     base = rows(20, 300, torch.bfloat16, triton_device)

@@ -9,12 +9,13 @@ import torch
 
 from pymllm_kernels.common.launcher import FormLauncher, LoadedKernel, load
 from pymllm_kernels.common.specialization import Specialization, integer_type, pointer_type
+from pymllm_kernels.device import interpreting
 from pymllm_kernels.per_token_quant_int8.kernel import per_token_quant_kernel, static_quant_kernel
 
 # A row of up to this many values is held in registers and read once.
 _MAX_BLOCK = 32768
 # Values a program where the scale is given, 8 a thread: each takes a division.
-_STATIC_BLOCK = 1024
+_STATIC_BLOCK = 2048
 
 
 class QuantForm(NamedTuple):
@@ -69,7 +70,9 @@ def specialization(form: QuantForm) -> Specialization:
         constants["zero_ptr"] = None
     if not form.counters:
         constants["counters_ptr"] = None
-    if not form.static:
+    if form.static:
+        constants["FUSED"] = not interpreting()
+    else:
         constants["ONE_BLOCK"] = form.one_block
     multiples = ["codes_ptr"]
     if form.even:
