@@ -54,6 +54,7 @@ def test_the_first_call_of_a_layer_may_be_captured(scheme: str, m: int) -> None:
     """Nothing was compiled, tuned or loaded for this key before."""
     layer = Layer(scheme, 1168 + 16 * m, 2048)
     x = layer.inputs(m)
+    tuned = counters().tuned
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -62,7 +63,7 @@ def test_the_first_call_of_a_layer_may_be_captured(scheme: str, m: int) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, layer(x))
-    assert counters().tuned == 0
+    assert counters().tuned == tuned
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

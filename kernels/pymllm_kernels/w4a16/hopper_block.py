@@ -12,10 +12,10 @@ from pymllm_kernels.w4a16.unpack_int8 import less_128_over_128, less_zero_over_1
 
 @gluon.jit
 def _zero(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, A: gl.constexpr):
-    """Zero points of this consumer's rows as they are stored, fp32 ``[ROWS, 1]``."""
+    """Zero points of this consumer's rows as they are stored, int8 ``[ROWS, 1]``."""
     _, _, _, zero_smem, _, _, _ = shared
     zero = zero_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, A))
-    return gl.expand_dims(zero.to(gl.float32), 1)
+    return gl.expand_dims(zero, 1)
 
 
 @gluon.jit
@@ -53,14 +53,16 @@ def _weights_int4(
     x_smem, _, _, zero_smem, _, _, _ = shared
     HALF: gl.constexpr = x_smem.dtype
     OFFSET: gl.constexpr = 128.0 if HALF == gl.bfloat16 else 1024.0
+    OFFSET_BITS: gl.constexpr = 0x4300 if HALF == gl.bfloat16 else 0x6400
     codes = or_magic_int4(_rows(shared, place, CONSUMER, ROWS).load(A), HALF)
     weights = ()
     for j in gl.static_range(4):
         if zero_smem is None:
             w = codes[j] - (OFFSET + 8.0)
         else:
+            # Put into the mantissa of OFFSET as codes are: a conversion would delay every block of K.
             zero = _zero(shared, place * RUNS + j * RUNS // 4, CONSUMER, ROWS, A)
-            w = codes[j] - (zero + OFFSET).to(HALF)
+            w = codes[j] - (zero.to(gl.int16) | OFFSET_BITS).to(HALF, bitcast=True)
         if SCALE_WEIGHTS:
             w = _scaled(w, shared, place, j, CONSUMER, ROWS, RUNS, A)
         weights += (w,)
@@ -80,10 +82,10 @@ def _half_int8(
     if zero_smem is not None:
         # Zero points are stored less 128.
         run = place * RUNS + H * RUNS // 2
-        low_zero = _zero(shared, run, CONSUMER, ROWS, A) + 128.0
+        low_zero = _zero(shared, run, CONSUMER, ROWS, A).to(gl.float32) + 128.0
         high_zero = low_zero
         if RUNS == 4:
-            high_zero = _zero(shared, run + 1, CONSUMER, ROWS, A) + 128.0
+            high_zero = _zero(shared, run + 1, CONSUMER, ROWS, A).to(gl.float32) + 128.0
     if HALF == gl.bfloat16:
         if zero_smem is None:
             low, high = less_128_over_128(words)
