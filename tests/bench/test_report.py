@@ -300,6 +300,29 @@ def test_variants_stand_beside_what_is_wanted(
     assert "## Variants\n\n| variant |" in capsys.readouterr().out
 
 
+def test_variants_of_several_files_are_joined(
+    report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last that has a time, one of each; runs of two machines are not."""
+    first = variants_file(tmp_path)
+    later = json.loads(Path(first).read_text())
+    slow, broken, host = later["cells"][1], later["cells"][2], later["cells"][5]
+    slow["value"] = 0.9
+    later["cells"] = [slow, broken, host | {"skip": "out of memory", "value": None}]
+    again = written(tmp_path / "again.json", later | {"command": "variants.py --again"})
+    assert report.main(["--variants", first, again]) == 0
+    text = capsys.readouterr().out
+    assert text.count("w4a16: 8 bits") == 1 and "| 0.90 |" in text and "| 0.80 |" not in text
+    assert "| 1.25 |" in text and "out of resource (1 cell)" in text
+    assert "--out v.json" in text and text.rstrip().endswith(
+        "`variants.py --again`; not complete: interrupted."
+    )
+    later["environment"] = {**later["environment"], "gpu": "NVIDIA H20"}
+    other = written(tmp_path / "other.json", later)
+    assert report.main(["--variants", first, other]) == 2
+    assert "NVIDIA H20" in capsys.readouterr().err
+
+
 def test_without_a_run_there_are_only_variants(
     report: Any, run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,7 +111,7 @@ def test_act_order_gives_the_bits_of_gathering_first(config: DecodeConfig, symme
     assert perm is not None
     base = torch.randn(16, 2 * 1408 + 1, device="cuda").to(BF16)
     for m in (1, config.block_m):
-        for x in (base[:m, :1408], base[:m, 1:1409], base[:m, ::2][:, :1408]):
+        for x in (base[:m, :1408].contiguous(), base[:m, 1:1409], base[:m, ::2][:, :1408]):
             expected = run(x[:, perm.long()], weight, None, 128, config)
             out = torch.full((m, 4096), float("nan"), dtype=BF16, device="cuda")
             # Again and again, in memory that the one before has just read.

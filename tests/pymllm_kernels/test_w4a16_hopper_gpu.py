@@ -165,7 +165,7 @@ def test_act_order_gives_the_bits_of_gathering_first(m: int, k: int) -> None:
     perm = weight.input_perm
     assert perm is not None
     base = torch.randn(m, 2 * k + 1, device="cuda").to(BF16)
-    for x in (base[:, :k], base[:, 1 : k + 1], base[:, ::2][:, :k]):
+    for x in (base[:, :k].contiguous(), base[:, 1 : k + 1], base[:, ::2][:, :k]):
         for config in configurations(m, 4112, k, weight, 64):
             expected = run(x[:, perm.long()], weight, None, 64, config)
             for _ in range(20):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -17,17 +18,33 @@ _PROGRAMS = 2
 _BLOCK = 512
 
 
-def blocks_of(k: int) -> tuple[int, int]:
-    """(columns of a program, the power of two that holds a row or 0) for rows of ``k`` values."""
-    row = max(1 << (k - 1).bit_length(), 256)
-    return (row // _PROGRAMS, row) if row <= _MOST_IN_SHARED else (_BLOCK, 0)
+class GatherForm(NamedTuple):
+    """What a compiled gathering depends on.
 
-
-def specialization(act: torch.dtype, block: int, row: int, even: bool) -> Specialization:
-    """The compiled form for activations of a dtype and blocks of :func:`blocks_of`.
-
-    ``even``: whether rows are contiguous and on 16 elements.
+    Attributes:
+        act: dtype of the activations.
+        block: columns of a program.
+        row: the power of two that holds a row, 0 where values are loaded one by one.
+        even: whether rows are contiguous and on 16 elements.
     """
+
+    act: torch.dtype
+    block: int
+    row: int
+    even: bool
+
+
+def form_of(act: torch.dtype, k: int, even: bool) -> GatherForm:
+    """The form for rows of ``k`` values; others than even ones would spill on their way to shared memory."""
+    row = max(1 << (k - 1).bit_length(), 256)
+    if even and row <= _MOST_IN_SHARED:
+        return GatherForm(act, row // _PROGRAMS, row, even)
+    return GatherForm(act, _BLOCK, 0, even)
+
+
+def specialization(form: GatherForm) -> Specialization:
+    """The compiled form."""
+    act, block, row, even = form
     pointer = pointer_type(act)
     signature = {
         "x_ptr": pointer, "perm_ptr": "*i32", "out_ptr": pointer,
@@ -35,7 +52,7 @@ def specialization(act: torch.dtype, block: int, row: int, even: bool) -> Specia
     }  # fmt: skip
     constants = {"BLOCK": block, "ROW": row, **({"stride_xk": 1} if even else {})}
     return Specialization(
-        f"gather-inputs-{row or 'long'}{'' if even else '-strided'}",
+        f"gather-inputs-{row or ('long' if even else 'strided')}",
         gather_inputs_kernel,
         signature,
         constants,
@@ -51,31 +68,27 @@ class PreparedGather:
         self, act: torch.dtype, m: int, k: int, strides: tuple[int, int], device: torch.device
     ) -> None:
         """Of ``x [m, k]`` with these strides, ``k`` a multiple of 8."""
-        block, row = blocks_of(k)
         self._even = strides[0] % 16 == 0 and strides[1] == 1
-        self._form = (act, block, row)
-        self._device = device
-        self._programs = m * -(-k // block)
+        self._act, self._device = act, device
         self._shape, self._strides = (m, k), strides
 
     def __call__(self, x: torch.Tensor, perm: torch.Tensor, stream: int) -> torch.Tensor:
         """``x[:, perm]``, on the current device; a dependent kernel may start at once."""
-        out = x.new_empty(self._shape)
+        m, k = self._shape
+        out = x.new_empty(m, k)
         at = x.data_ptr()
-        even = self._even and at % 16 == 0
-        strides = self._strides[:1] if even else self._strides
-        values = (at, perm.data_ptr(), out.data_ptr(), self._shape[1] // 8, *strides)
-        _kernel(*self._form, even, self._device).launch(self._programs, stream, (), values)
+        form = form_of(self._act, k, self._even and at % 16 == 0)
+        strides = self._strides[:1] if form.even else self._strides
+        values = (at, perm.data_ptr(), out.data_ptr(), k // 8, *strides)
+        _kernel(form, self._device).launch(m * -(-k // form.block), stream, (), values)
         return out
 
 
 def form(act: torch.dtype, k: int) -> Form:
     """What a call with rows of ``k`` values, contiguous and on 16 elements, needs compiled."""
-    return Form(specialization, (act, *blocks_of(k), k % 16 == 0))
+    return Form(specialization, (form_of(act, k, k % 16 == 0),))
 
 
 @functools.cache
-def _kernel(
-    act: torch.dtype, block: int, row: int, even: bool, device: torch.device
-) -> LoadedKernel:
-    return load(specialization(act, block, row, even), device)
+def _kernel(form: GatherForm, device: torch.device) -> LoadedKernel:
+    return load(specialization(form), device)

@@ -158,9 +158,8 @@ def w4a16_decode_cases() -> Iterator[Specialization]:
         for config in valid[:: len(valid) - 1] if few else valid:
             form = specialization(layer, config)
             yield replace(form, name=f"{form.name}-{variant.name}")
-    for k in (4096, 14336, 53248):
-        for even in (True, False):
-            yield gather.specialization(torch.bfloat16, *gather.blocks_of(k), even)
+    for k, even in ((4096, True), (14336, True), (28672, True), (53248, True), (4096, False)):
+        yield gather.specialization(gather.form_of(torch.bfloat16, k, even))
 
 
 def w8a8_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> Iterator[Specialization]:
