@@ -66,8 +66,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         " --update then fills the table called agreement, too",
     )  # fmt: skip
     parser.add_argument(
-        "--variants", type=Path, metavar="FILE",
-        help="a file of bench/variants.py: print its table, or fill the one called variants",
+        "--variants", type=Path, nargs="+", metavar="FILE",
+        help="files of bench/variants.py, joined; of a cell that several have, the last with a time"
+        " counts: print the table, or fill the one called variants",
     )  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=0.07, help="default: 0.07")
     parser.add_argument("--json", action="store_true", help="print --check-published as JSON")
@@ -80,7 +81,7 @@ def make(options: argparse.Namespace) -> int:
         raise ValueError("--json needs --check-published")
     beside: dict[str, str] = {}
     if options.variants is not None:
-        beside["variants"] = variants_table(variants_file.load(options.variants))
+        beside["variants"] = variants_table(load_variants(options.variants))
     if not options.runs:
         return without_runs(options, beside)
     report = load(options.runs, options.mode, options.cache)
@@ -121,6 +122,35 @@ def without_runs(options: argparse.Namespace, beside: Mapping[str, str]) -> int:
     else:
         print(*beside.values(), sep="\n")
     return 0
+
+
+def load_variants(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Reads files of variants; of a cell that several have, the last with a time stays.
+
+    Raises:
+        ValueError: they are of different machines.
+    """
+    documents = [variants_file.load(path) for path in paths]
+    machines = {document["environment"]["gpu"] for document in documents}
+    if len(machines) > 1:
+        raise ValueError(f"--variants: found {' and '.join(sorted(map(str, machines)))}")
+    owner: dict[tuple[Any, ...], int] = {}
+    timed = set()
+    for number, document in enumerate(documents):
+        for cell in document["cells"]:
+            place = _place(cell)
+            if cell["skip"] is None:
+                timed.add(place)
+            elif place in timed:
+                continue
+            owner[place] = number
+    for number, document in enumerate(documents):
+        document["cells"] = [c for c in document["cells"] if owner[_place(c)] == number]
+    return documents
+
+
+def _place(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(cell[key] for key in ("part", "variant", "n", "k", "m"))
 
 
 def load(paths: Sequence[Path], mode: str | None = None, cache: str | None = None) -> Report:

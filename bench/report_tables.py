@@ -201,9 +201,12 @@ def paths_table(report: Report) -> str:
     return f"Slower than not quantizing, beyond noise:\n\n{told}\n\n{table}"
 
 
-def variants_table(document: Mapping[str, Any]) -> str:
-    """How each variant stands, the host's times, where it was measured, and what has no time."""
-    cells, env = document["cells"], document["environment"]
+def variants_table(documents: Sequence[Mapping[str, Any]]) -> str:
+    """How each variant stands, the host's times, where it was measured, and what has no time.
+
+    ``documents``: of one machine, each cell in one of them.
+    """
+    cells = [cell for document in documents for cell in document["cells"]]
     titles = ["variant", "base", "M", "measure", "geometric mean", "worst", "wanted", "met"]
     rows = [
         [
@@ -238,11 +241,13 @@ def variants_table(document: Mapping[str, Any]) -> str:
     if missing := reasons(cells):
         told = [f"* {text} ({counted(count, 'cell')})" for text, count in missing.items()]
         parts.append("Without a time:\n\n" + "\n".join(told))
-    whole_run = "" if document["complete"] else f"; not complete: {document['stopped']}"
-    parts.append(
-        f"{env['gpu']}, {document['date']}, {document['wall_s']:.0f} s, commit"
-        f" {env['commit'] or 'unknown'}, `{document['command']}`{whole_run}."
-    )
+    for document in documents:
+        env = document["environment"]
+        whole_run = "" if document["complete"] else f"; not complete: {document['stopped']}"
+        parts.append(
+            f"{env['gpu']}, {document['date']}, {document['wall_s']:.0f} s, commit"
+            f" {env['commit'] or 'unknown'}, `{document['command']}`{whole_run}."
+        )
     return "\n\n".join(parts)
 
 
