@@ -123,7 +123,7 @@ def w4a16_hopper_cases() -> Iterator[Specialization]:
     for variant in (*others, *others_int8):
         found = _hopper_tiles(variant)
         tiles = {(c.block_m, c.consumers): c for c in found}
-        for tile in ((16, 4), (16, 3), (64, 3), (128, 2), (128, 3)):
+        for tile in ((16, 4), (16, 3), (64, 4), (128, 2), (128, 3)):
             yield w4a16_hopper_case(variant, tiles[tile])
 
 
