@@ -133,6 +133,20 @@ def test_few_tokens_in_act_order() -> None:
     assert (next_given["x_ptr"], next_given["stride_x8"]) == (gathered, 512)
 
 
+def test_activations_in_act_order_start_anywhere() -> None:
+    """The same shape and strides, on 16 bytes and beside: another form each, told by the address."""
+    memory = torch.empty(3 * 4096 + 8, dtype=BF16)
+    names = []
+    for off in (0, 1, 0):
+        x = memory[off : off + 3 * 4096].view(3, 4096)
+        weight, scale = torch.empty(32, 4096, 32, dtype=torch.int16), torch.empty(32, 4096).to(BF16)
+        perm = torch.arange(4096, dtype=torch.int32)
+        hopper_launch.launch(x, weight, scale, None, None, group_size=128, perm=perm)
+        names.append(Kernel.launches[-2][0])
+        assert Kernel.launches[-2][2]["x_ptr"] == x.data_ptr()
+    assert names == ["gather-inputs-4096", "gather-inputs-strided", "gather-inputs-4096"]
+
+
 @pytest.mark.parametrize("m", [40, 100])
 def test_tiles_in_act_order(m: int) -> None:
     t = w4a16(m, perm=torch.arange(4096, dtype=torch.int32))

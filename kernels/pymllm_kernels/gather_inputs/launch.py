@@ -65,22 +65,22 @@ class PreparedGather:
     """A launch for one shape and strides, but for the addresses."""
 
     def __init__(
-        self, act: torch.dtype, m: int, k: int, strides: tuple[int, int], device: torch.device
-    ) -> None:
-        """Of ``x [m, k]`` with these strides, ``k`` a multiple of 8."""
-        self._even = strides[0] % 16 == 0 and strides[1] == 1
-        self._act, self._device = act, device
-        self._shape, self._strides = (m, k), strides
+        self, act: torch.dtype, m: int, k: int, strides: tuple[int, int], aligned: bool,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """Of ``x [m, k]`` with these strides, ``k`` a multiple of 8, ``aligned`` if on 16 bytes."""
+        even = aligned and strides[0] % 16 == 0 and strides[1] == 1
+        form = form_of(act, k, even)
+        sizes = (k // 8, *(strides[:1] if even else strides))
+        self._launch = _kernel(form, device).bind(sizes=sizes)
+        self._programs = m * -(-k // form.block)
+        self._shape = (m, k)
 
     def __call__(self, x: torch.Tensor, perm: torch.Tensor, stream: int) -> torch.Tensor:
         """``x[:, perm]``, on the current device; a dependent kernel may start at once."""
-        m, k = self._shape
-        out = x.new_empty(m, k)
-        at = x.data_ptr()
-        form = form_of(self._act, k, self._even and at % 16 == 0)
-        strides = self._strides[:1] if form.even else self._strides
-        values = (at, perm.data_ptr(), out.data_ptr(), k // 8, *strides)
-        _kernel(form, self._device).launch(m * -(-k // form.block), stream, (), values)
+        out = x.new_empty(*self._shape)
+        addresses = (x.data_ptr(), perm.data_ptr(), out.data_ptr())
+        self._launch(self._programs, stream, (), addresses)
         return out
 
 

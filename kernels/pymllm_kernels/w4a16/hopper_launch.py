@@ -200,13 +200,14 @@ def launch(
     stride_xm, stride_xk = x.stride()
     # The stride of a single row may be anything.
     strides = (stride_xm if m > 1 else k, stride_xk)
-    if perm is None and (x.data_ptr() % 16 or stride_xk != 1 or strides[0] % 8):
+    aligned = x.data_ptr() % 16 == 0
+    if perm is None and not (aligned and stride_xk == 1 and strides[0] % 8 == 0):
         x = x.clone(memory_format=torch.contiguous_format)
-        strides = (k, 1)
+        strides, aligned = (k, 1), True
     index = x.get_device()
     key = (
         x.dtype, scale.dtype, zero is None, None if bias is None else bias.dtype, n, k, words, bits,
-        group_size, perm is None, m, strides, index, config, state.generation,
+        group_size, perm is None, m, strides, aligned, index, config, state.generation,
     )  # fmt: skip
     prepared = _PREPARED.get(key)
     if prepared is None:
@@ -216,7 +217,7 @@ def launch(
         )  # fmt: skip
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
-        prepared = _PREPARED[key] = _prepare(layer, m, strides, x.device, config)
+        prepared = _PREPARED[key] = _prepare(layer, m, strides, aligned, x.device, config)
     gather_inputs, gemm = prepared
     stream = raw_stream(index)
     if gather_inputs is not None:
@@ -227,7 +228,7 @@ def launch(
 
 
 def _prepare(
-    layer: HopperLayer, m: int, strides: tuple[int, int], device: torch.device,
+    layer: HopperLayer, m: int, strides: tuple[int, int], aligned: bool, device: torch.device,
     config: HopperConfig | DecodeConfig | None,
 ) -> tuple[PreparedGather | None, _Prepared | PreparedDecode]:  # fmt: skip
     if config is None:
@@ -236,7 +237,8 @@ def _prepare(
     if layer.act_order:
         # By a kernel before the GEMM: TMA reads neighbours, and in the kernel for few tokens each
         # multiprocessor would gather all of x, 32 scattered lines a load.
-        gather_inputs, stride_xm = PreparedGather(layer.act, m, layer.k, strides, device), layer.k
+        gather_inputs = PreparedGather(layer.act, m, layer.k, strides, aligned, device)
+        stride_xm = layer.k
     if isinstance(config, DecodeConfig):
         return gather_inputs, PreparedDecode(layer, m, stride_xm, device, config)
     return gather_inputs, _Prepared(layer, m, stride_xm, device, config)
