@@ -48,7 +48,7 @@ def _producer(
     if DEPENDENT:
         gdc_wait()
     x_desc, weight_desc, scale_desc, zero_desc = sources
-    x_smem, weight_smem, scale_smem, zero_smem, full, empty, _ = shared
+    x_smem, weight_smem, scale_smem, zero_smem, full, empty, _, _ = shared
     slot = 0
     phase = 1
     own, segments = count_segments(whole, tiles_m * tiles_n, steps)
@@ -120,7 +120,7 @@ def _consumer(
     RUNS: gl.constexpr, SCALE_WEIGHTS: gl.constexpr, SLOTS: gl.constexpr, SPAN: gl.constexpr,
     GROUP_M: gl.constexpr, OUT_PARTS: gl.constexpr, SHARE: gl.constexpr, MEET: gl.constexpr,
 ):  # fmt: skip
-    _, _, _, _, full, empty, out_smem = shared
+    _, _, _, _, full, empty, turn, out_smem = shared
     problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps = work
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
@@ -128,6 +128,7 @@ def _consumer(
     tiles = tiles_m * tiles_n
     slot = 0
     phase = 0
+    turn_phase = 0
     own, segments = count_segments(whole, tiles, steps)
     zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, MMA)
     for i in range(segments):
@@ -137,13 +138,18 @@ def _consumer(
         for _step in range(first, last):
             mbarrier.wait(full.index(slot), phase)
             if SCALE_WEIGHTS:
-                acc = add_scaled_weights(acc, shared, slot, CONSUMER, ROWS, RUNS, MMA)
+                acc = add_scaled_weights(
+                    acc, shared, slot, turn, turn_phase, CONSUMER, ROWS, RUNS, MMA
+                )
             elif SPAN == 2:
-                acc = add_two_blocks(acc, zeros, shared, slot * 2, CONSUMER, ROWS, MMA)
+                acc = add_two_blocks(acc, zeros, shared, slot * 2, turn, CONSUMER, ROWS, MMA)
             else:
-                acc = add_block(acc, zeros, shared, slot, CONSUMER, ROWS, RUNS, MMA)
+                acc = add_block(
+                    acc, zeros, shared, slot, turn, turn_phase, CONSUMER, ROWS, RUNS, MMA
+                )
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = next_slot(slot, phase, SLOTS)
+            turn_phase ^= 1
         if SHARE and last - first < steps:
             sharer, last_sharer = sharers(tile, whole, tiles, steps)
             is_last = leave_part(
@@ -204,6 +210,7 @@ def w4a16_gemm_hopper(
     OUT_PARTS: gl.constexpr,  # pieces a tile is stored in by TMA, 0 for plain stores
     SHARE: gl.constexpr,  # whether tiles may be shared
     MEET: gl.constexpr,  # whether sharers wait for each other, which needs a cooperative launch
+    TURNS: gl.constexpr,  # whether consumers take turns at the tensor cores
     REGISTERS: gl.constexpr,  # of a consumer's thread
     DEPENDENT: gl.constexpr,  # whether it is launched while x is still being written
 ):  # fmt: skip
@@ -239,7 +246,15 @@ def w4a16_gemm_hopper(
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
+    if TURNS:
+        turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(CONSUMERS):
+            mbarrier.init(turn.index(i), count=1)
+    else:
+        turn: gl.constexpr = None
     fence_async_shared()
+    if TURNS:
+        mbarrier.arrive(turn.index(0), count=1)
     PARAMETER_BYTES: gl.constexpr = scale_desc.dtype.primitive_bitwidth // 8 + (
         0 if zero_desc is None else 1
     )
@@ -247,7 +262,7 @@ def w4a16_gemm_hopper(
         2 * BLOCK_N * WORDS + SCALES_N * RUNS * PARAMETER_BYTES + 8 * BLOCK_M * SLICE_K
     )
     sources = (x_desc, weight_desc, scale_desc, zero_desc)
-    shared = (x_smem, weight_smem, scale_smem, zero_smem, full, empty, out_smem)
+    shared = (x_smem, weight_smem, scale_smem, zero_smem, full, empty, turn, out_smem)
     problem = (out_ptr, bias_ptr, stride_om, M, N)
     work = (problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps)
     if CONSUMERS == 2:

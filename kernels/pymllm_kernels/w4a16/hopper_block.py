@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from pymllm_kernels.w4a16.kernel import or_magic_int4
 from pymllm_kernels.w4a16.unpack_int8 import less_128_over_128, less_zero_over_128, magic_int8
@@ -13,7 +17,7 @@ from pymllm_kernels.w4a16.unpack_int8 import less_128_over_128, less_zero_over_1
 @gluon.jit
 def _zero(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, A: gl.constexpr):
     """Zero points of this consumer's rows as they are stored, int8 ``[ROWS, 1]``."""
-    _, _, _, zero_smem, _, _, _ = shared
+    _, _, _, zero_smem, _, _, _, _ = shared
     zero = zero_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, A))
     return gl.expand_dims(zero, 1)
 
@@ -24,7 +28,7 @@ def _scaled(
     RUNS: gl.constexpr, A: gl.constexpr,
 ):  # fmt: skip
     """Slice J of weights times its scale, rounded to 16 bits."""
-    x_smem, weight_smem, scale_smem, _, _, _, _ = shared
+    x_smem, weight_smem, scale_smem, _, _, _, _, _ = shared
     run = place * RUNS + J * RUNS // 4
     scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, A))
     scale = scale.to(x_smem.dtype)
@@ -36,7 +40,7 @@ def _scaled(
 @gluon.jit
 def _rows(shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr):
     """This consumer's rows of a block of packed weights."""
-    x_smem, weight_smem, _, _, _, _, _ = shared
+    x_smem, weight_smem, _, _, _, _, _, _ = shared
     # One box a place, or one a consumer.
     BOXES: gl.constexpr = 2 * weight_smem.shape[0] // x_smem.shape[0]
     BOX_ROWS: gl.constexpr = weight_smem.shape[1]
@@ -50,7 +54,7 @@ def _weights_int4(
     A: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """The 4 slices of this consumer's rows in registers: ``code - zero``, exact, or scaled."""
-    x_smem, _, _, zero_smem, _, _, _ = shared
+    x_smem, _, _, zero_smem, _, _, _, _ = shared
     HALF: gl.constexpr = x_smem.dtype
     OFFSET: gl.constexpr = 128.0 if HALF == gl.bfloat16 else 1024.0
     OFFSET_BITS: gl.constexpr = 0x4300 if HALF == gl.bfloat16 else 0x6400
@@ -75,7 +79,7 @@ def _half_int8(
     RUNS: gl.constexpr, A: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Slices 2 H and 2 H + 1, as ``_weights_int4``; exact bf16 is in 128ths."""
-    x_smem, _, _, zero_smem, _, _, _ = shared
+    x_smem, _, _, zero_smem, _, _, _, _ = shared
     HALF: gl.constexpr = x_smem.dtype
     SLICE_K: gl.constexpr = x_smem.shape[2] // 2
     words = _rows(shared, place, CONSUMER, ROWS).slice(H * SLICE_K, SLICE_K, 1).load(A)
@@ -112,7 +116,7 @@ def _weights(
     shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
     MMA: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    x_smem, weight_smem, _, _, _, _, _ = shared
+    x_smem, weight_smem, _, _, _, _, _, _ = shared
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
     if weight_smem.shape[2] == x_smem.shape[2]:
         a, b = _half_int8(shared, place, 0, CONSUMER, ROWS, RUNS, A, SCALE_WEIGHTS)
@@ -125,7 +129,7 @@ def _weights(
 @gluon.jit
 def _scale(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr):
     """fp32 ``[ROWS, 1]``, of weights as they come."""
-    x_smem, weight_smem, scale_smem, _, _, _, _ = shared
+    x_smem, weight_smem, scale_smem, _, _, _, _, _ = shared
     scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, MMA))
     scale = scale.to(gl.float32)
     if weight_smem.shape[2] == x_smem.shape[2] and x_smem.dtype == gl.bfloat16:
@@ -137,22 +141,38 @@ def _scale(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.cons
 @gluon.jit
 def _x(shared, place, J: gl.constexpr):
     """Slice J of a block of activations, ``[SLICE_K, BLOCK_M]``."""
-    x_smem, _, _, _, _, _, _ = shared
+    x_smem, _, _, _, _, _, _, _ = shared
     SLICE_K: gl.constexpr = x_smem.shape[2] // 2
     return x_smem.index(place * 2 + J // 2).slice(J % 2 * SLICE_K, SLICE_K, 1).permute((1, 0))
 
 
 @gluon.jit
+def _take_turn(turn, phase, CONSUMER: gl.constexpr):
+    """Waits until the tensor cores are this consumer's; ``turn`` is None where all may use them."""
+    if turn is not None:
+        mbarrier.wait(turn.index(CONSUMER), phase)
+
+
+@gluon.jit
+def _pass_turn(turn, CONSUMER: gl.constexpr):
+    """Lets the next consumer issue its products behind this one's."""
+    if turn is not None:
+        mbarrier.arrive(turn.index((CONSUMER + 1) % turn.shape[0]), count=1)
+
+
+@gluon.jit
 def add_scaled_weights(
-    acc, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    acc, shared, place, turn, phase, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
     MMA: gl.constexpr,
 ):  # fmt: skip
     """``acc`` plus one block of K, with weights scaled and rounded to 16 bits."""
     a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, True)
+    _take_turn(turn, phase, CONSUMER)
     acc = warpgroup_mma(a, _x(shared, place, 0), acc, is_async=True)
     acc = warpgroup_mma(b, _x(shared, place, 1), acc, is_async=True)
     acc = warpgroup_mma(c, _x(shared, place, 2), acc, is_async=True)
     acc = warpgroup_mma(d, _x(shared, place, 3), acc, is_async=True)
+    _pass_turn(turn, CONSUMER)
     # The wait names the weights: their registers must stay as they are while wgmma reads them.
     acc, a, b, c, d = warpgroup_mma_wait(0, deps=[acc, a, b, c, d])
     return acc
@@ -160,17 +180,19 @@ def add_scaled_weights(
 
 @gluon.jit
 def add_block(
-    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    acc, zeros, shared, place, turn, phase, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
     MMA: gl.constexpr,
 ):  # fmt: skip
     """``acc`` plus one block of K, each group's partial sum times its scale."""
     a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, False)
     s0 = _scale(shared, place * RUNS, CONSUMER, ROWS, MMA)
+    _take_turn(turn, phase, CONSUMER)
     p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
     if RUNS == 1:
         p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
         p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
         p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
+        _pass_turn(turn, CONSUMER)
         p, a, b, c, d = warpgroup_mma_wait(0, deps=[p, a, b, c, d])
         acc += p * s0
     elif RUNS == 2:
@@ -178,6 +200,7 @@ def add_block(
         p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
         q = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
         q = warpgroup_mma(d, _x(shared, place, 3), q, is_async=True)
+        _pass_turn(turn, CONSUMER)
         p, q, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d])
         acc += p * s0
         acc += q * s1
@@ -188,6 +211,7 @@ def add_block(
         q = warpgroup_mma(b, _x(shared, place, 1), zeros, use_acc=False, is_async=True)
         r = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
         t = warpgroup_mma(d, _x(shared, place, 3), zeros, use_acc=False, is_async=True)
+        _pass_turn(turn, CONSUMER)
         p, q, r, t, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, r, t, a, b, c, d])
         acc += p * s0
         acc += q * s1
@@ -198,21 +222,25 @@ def add_block(
 
 @gluon.jit
 def add_two_blocks(
-    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr
+    acc, zeros, shared, place, turn, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr
 ):
     """``acc`` plus two blocks of K, one group each: the second is unpacked while the first runs."""
     s0 = _scale(shared, place, CONSUMER, ROWS, MMA)
     s1 = _scale(shared, place + 1, CONSUMER, ROWS, MMA)
     a, b, c, d = _weights(shared, place, CONSUMER, ROWS, 1, MMA, False)
+    _take_turn(turn, 0, CONSUMER)
     p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
     p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
     p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
     p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
+    _pass_turn(turn, CONSUMER)
     e, f, g, h = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, False)
+    _take_turn(turn, 1, CONSUMER)
     q = warpgroup_mma(e, _x(shared, place + 1, 0), zeros, use_acc=False, is_async=True)
     q = warpgroup_mma(f, _x(shared, place + 1, 1), q, is_async=True)
     q = warpgroup_mma(g, _x(shared, place + 1, 2), q, is_async=True)
     q = warpgroup_mma(h, _x(shared, place + 1, 3), q, is_async=True)
+    _pass_turn(turn, CONSUMER)
     p, q, a, b, c, d, e, f, g, h = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d, e, f, g, h])
     acc += p * s0
     acc += q * s1

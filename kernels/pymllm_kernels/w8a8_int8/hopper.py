@@ -42,11 +42,30 @@ def _tiles(x_desc, weight_desc):
 
 
 @gluon.jit
+def _fill(x_desc, weight_desc, slots, full, SLOTS: gl.constexpr, GROUP_M: gl.constexpr):
+    """Copies the weights of the ring's first round, of whole tiles, before the warps part.
+
+    Parting takes most of a microsecond, and so do the first copies. Unrolled: a loop, with a barrier
+    and address arithmetic a step, is half as good.
+    """
+    ROWS: gl.constexpr = weight_desc.block_shape[0]
+    BLOCK_K: gl.constexpr = weight_desc.block_shape[1]
+    tiles_m, tiles_n, k_steps = _tiles(x_desc, weight_desc)
+    _, tile_n = grouped_tile(gl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    for i in gl.static_range(SLOTS):
+        there = i < k_steps
+        mbarrier.expect(full.index(i), ROWS * BLOCK_K, pred=there)
+        at = [tile_n * ROWS, i * BLOCK_K]
+        tma_load(weight_desc, at, full.index(i), slots.index(i), pred=there)
+
+
+@gluon.jit
 def _load(
     x_desc, weight_desc, slots, full, empty, whole,
     CODES: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr, PDL: gl.constexpr,
+    FILLED: gl.constexpr,
 ):  # fmt: skip
-    """Copies one operand's tiles into the ring; one warp."""
+    """Copies one operand's tiles into the ring, whose first round may be FILLED; one warp."""
     if CODES:
         desc = x_desc
         # The weight does not depend on the kernel before this one, its copies start at once.
@@ -62,8 +81,15 @@ def _load(
     # The ring starts empty: a wait for the phase before the first passes.
     phase = 1
     own, segments = count_segments(whole, tiles, k_steps)
+    if FILLED:
+        filled = gl.minimum(k_steps, SLOTS)
+        slot = gl.where(filled == SLOTS, 0, filled)
+        phase = gl.where(filled == SLOTS, 0, 1)
     for index in range(segments):
         tile, begin, end = segment(index, own, whole, tiles, k_steps)
+        if FILLED:
+            # A variable that the loop sets to 0 is not carried by Triton: kernels hang.
+            begin += gl.where(index == 0, filled, 0)
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         row = (tile_m if CODES else tile_n) * ROWS
         for step in range(begin, end):
@@ -248,6 +274,7 @@ def w8a8_int8_hopper_kernel(
     MEET: gl.constexpr,  # whether sharers wait for each other, which needs a cooperative launch
     SLOTS: gl.constexpr, GROUP_M: gl.constexpr, STORE_PARTS: gl.constexpr,
     STORE_SLOTS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    FILL: gl.constexpr,  # whether the first weights are copied before the warps part; whole tiles only
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = weight_desc.block_shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_shape[1]
@@ -265,6 +292,8 @@ def w8a8_int8_hopper_kernel(
     mbarrier.init(turn.index(1), count=1)
     fence_async_shared()
     mbarrier.arrive(turn.index(0), count=1)
+    if FILL:
+        _fill(x_desc, weight_desc, weight_slots, full, SLOTS, GROUP_M)
     if SWAP:
         a_slots = weight_slots
         b_slots = x_slots
@@ -280,9 +309,9 @@ def w8a8_int8_hopper_kernel(
             count_ptr, stride_om, stride_xs, stride_ws, whole, 0, CONSUMERS, PING_PONG, SWAP, SHARE,
             MEET, SLOTS, GROUP_M, STORE_PARTS, PDL)),
             (_load, (
-            x_desc, weight_desc, weight_slots, full, empty, whole, False, SLOTS, GROUP_M, PDL)),
+            x_desc, weight_desc, weight_slots, full, empty, whole, False, SLOTS, GROUP_M, PDL, FILL)),
             (_load, (
-            x_desc, weight_desc, x_slots, full, empty, whole, True, SLOTS, GROUP_M, PDL)),
+            x_desc, weight_desc, x_slots, full, empty, whole, True, SLOTS, GROUP_M, PDL, False)),
         ], [1, 1], [24, 24])  # fmt: skip
     else:
         out_slots_1 = gl.allocate_shared_memory(out_desc.dtype, out_shape, out_desc.layout)
@@ -298,7 +327,7 @@ def w8a8_int8_hopper_kernel(
             count_ptr, stride_om, stride_xs, stride_ws, whole, 1, CONSUMERS, PING_PONG, SWAP, SHARE,
             MEET, SLOTS, GROUP_M, STORE_PARTS, PDL)),
             (_load, (
-            x_desc, weight_desc, weight_slots, full, empty, whole, False, SLOTS, GROUP_M, PDL)),
+            x_desc, weight_desc, weight_slots, full, empty, whole, False, SLOTS, GROUP_M, PDL, FILL)),
             (_load, (
-            x_desc, weight_desc, x_slots, full, empty, whole, True, SLOTS, GROUP_M, PDL)),
+            x_desc, weight_desc, x_slots, full, empty, whole, True, SLOTS, GROUP_M, PDL, False)),
         ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
