@@ -121,6 +121,12 @@ def test_three_consumers_fill_the_gpu_where_two_and_four_do_not() -> None:
     assert grid is not None and grid.programs == 128
 
 
+def test_three_consumers_of_128_tokens_take_turns_where_tiles_are_whole() -> None:
+    found = [c for _, c in candidates(512, 6144, 4096, HopperForm(), 132, SHARED)]
+    assert all(c.turns == ((c.block_m, c.consumers, c.share) == (128, 3, 1)) for c in found)
+    assert any(c.turns for c in found)
+
+
 def test_what_registers_do_not_hold() -> None:
     # 256 tokens are 128 accumulators a thread; three consumers have 160 registers each.
     config = HopperConfig(block_m=256, consumers=3, slots=2, scale_weights=True)

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pymllm_kernels  # noqa: F401  registers the operators
-from pymllm_kernels.common.sharing import STREAM_K
+from pymllm_kernels.common.sharing import STREAM_K, compiled_config
 from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
 from pymllm_kernels.w8a8_int8.hopper_tuning import (
     HopperConfig,
@@ -89,6 +89,14 @@ def test_the_choice_is_valid_and_the_same_again() -> None:
                 continue
             assert plan_launch(config, m, n, k, multiprocessors) is not None
             assert config.tokens >= min(m, 64)
+
+
+def test_the_ring_is_filled_early_for_few_tokens_and_whole_tiles() -> None:
+    found = [c for m in (1, 64, 512) for _, c in candidates(m, 4096, 4096, 132, SHARED)]
+    assert all(c.fills == (c.tokens <= 64 and c.share == 1) for c in found)
+    assert {c.fills for c in found} == {False, True}
+    # What is compiled knows it, too: of the programs that share a tile only whether there are any.
+    assert all(compiled_config(c).fills == c.fills for c in found)
 
 
 def test_no_shared_memory() -> None:
