@@ -125,6 +125,8 @@ def test_three_consumers_of_128_tokens_take_turns_where_tiles_are_whole() -> Non
     found = [c for _, c in candidates(512, 6144, 4096, HopperForm(), 132, SHARED)]
     assert all(c.turns == ((c.block_m, c.consumers, c.share) == (128, 3, 1)) for c in found)
     assert any(c.turns for c in found)
+    sums = HopperConfig(block_m=64, consumers=4, slots=6, turns=True)
+    assert "scaled weights" in (why_invalid(sums, HopperForm(), SHARED) or "")
 
 
 def test_what_registers_do_not_hold() -> None:

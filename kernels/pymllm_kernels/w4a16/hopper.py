@@ -142,11 +142,9 @@ def _consumer(
                     acc, shared, slot, turn, turn_phase, CONSUMER, ROWS, RUNS, MMA
                 )
             elif SPAN == 2:
-                acc = add_two_blocks(acc, zeros, shared, slot * 2, turn, CONSUMER, ROWS, MMA)
+                acc = add_two_blocks(acc, zeros, shared, slot * 2, CONSUMER, ROWS, MMA)
             else:
-                acc = add_block(
-                    acc, zeros, shared, slot, turn, turn_phase, CONSUMER, ROWS, RUNS, MMA
-                )
+                acc = add_block(acc, zeros, shared, slot, CONSUMER, ROWS, RUNS, MMA)
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = next_slot(slot, phase, SLOTS)
             turn_phase ^= 1
@@ -210,7 +208,7 @@ def w4a16_gemm_hopper(
     OUT_PARTS: gl.constexpr,  # pieces a tile is stored in by TMA, 0 for plain stores
     SHARE: gl.constexpr,  # whether tiles may be shared
     MEET: gl.constexpr,  # whether sharers wait for each other, which needs a cooperative launch
-    TURNS: gl.constexpr,  # whether consumers take turns at the tensor cores
+    TURNS: gl.constexpr,  # whether consumers take turns at the tensor cores, with SCALE_WEIGHTS only
     REGISTERS: gl.constexpr,  # of a consumer's thread
     DEPENDENT: gl.constexpr,  # whether it is launched while x is still being written
 ):  # fmt: skip

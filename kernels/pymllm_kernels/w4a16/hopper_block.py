@@ -147,32 +147,23 @@ def _x(shared, place, J: gl.constexpr):
 
 
 @gluon.jit
-def _take_turn(turn, phase, CONSUMER: gl.constexpr):
-    """Waits until the tensor cores are this consumer's; ``turn`` is None where all may use them."""
-    if turn is not None:
-        mbarrier.wait(turn.index(CONSUMER), phase)
-
-
-@gluon.jit
-def _pass_turn(turn, CONSUMER: gl.constexpr):
-    """Lets the next consumer issue its products behind this one's."""
-    if turn is not None:
-        mbarrier.arrive(turn.index((CONSUMER + 1) % turn.shape[0]), count=1)
-
-
-@gluon.jit
 def add_scaled_weights(
     acc, shared, place, turn, phase, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
     MMA: gl.constexpr,
 ):  # fmt: skip
-    """``acc`` plus one block of K, with weights scaled and rounded to 16 bits."""
+    """``acc`` plus one block of K, with weights scaled and rounded to 16 bits.
+
+    Consumers issue their products in ``turn`` (a barrier each), unless it is None.
+    """
     a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, True)
-    _take_turn(turn, phase, CONSUMER)
+    if turn is not None:
+        mbarrier.wait(turn.index(CONSUMER), phase)
     acc = warpgroup_mma(a, _x(shared, place, 0), acc, is_async=True)
     acc = warpgroup_mma(b, _x(shared, place, 1), acc, is_async=True)
     acc = warpgroup_mma(c, _x(shared, place, 2), acc, is_async=True)
     acc = warpgroup_mma(d, _x(shared, place, 3), acc, is_async=True)
-    _pass_turn(turn, CONSUMER)
+    if turn is not None:
+        mbarrier.arrive(turn.index((CONSUMER + 1) % turn.shape[0]), count=1)
     # The wait names the weights: their registers must stay as they are while wgmma reads them.
     acc, a, b, c, d = warpgroup_mma_wait(0, deps=[acc, a, b, c, d])
     return acc
@@ -180,19 +171,17 @@ def add_scaled_weights(
 
 @gluon.jit
 def add_block(
-    acc, zeros, shared, place, turn, phase, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
     MMA: gl.constexpr,
 ):  # fmt: skip
     """``acc`` plus one block of K, each group's partial sum times its scale."""
     a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, False)
     s0 = _scale(shared, place * RUNS, CONSUMER, ROWS, MMA)
-    _take_turn(turn, phase, CONSUMER)
     p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
     if RUNS == 1:
         p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
         p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
         p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
-        _pass_turn(turn, CONSUMER)
         p, a, b, c, d = warpgroup_mma_wait(0, deps=[p, a, b, c, d])
         acc += p * s0
     elif RUNS == 2:
@@ -200,7 +189,6 @@ def add_block(
         p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
         q = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
         q = warpgroup_mma(d, _x(shared, place, 3), q, is_async=True)
-        _pass_turn(turn, CONSUMER)
         p, q, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d])
         acc += p * s0
         acc += q * s1
@@ -211,7 +199,6 @@ def add_block(
         q = warpgroup_mma(b, _x(shared, place, 1), zeros, use_acc=False, is_async=True)
         r = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
         t = warpgroup_mma(d, _x(shared, place, 3), zeros, use_acc=False, is_async=True)
-        _pass_turn(turn, CONSUMER)
         p, q, r, t, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, r, t, a, b, c, d])
         acc += p * s0
         acc += q * s1
@@ -222,25 +209,21 @@ def add_block(
 
 @gluon.jit
 def add_two_blocks(
-    acc, zeros, shared, place, turn, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr
+    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr
 ):
     """``acc`` plus two blocks of K, one group each: the second is unpacked while the first runs."""
     s0 = _scale(shared, place, CONSUMER, ROWS, MMA)
     s1 = _scale(shared, place + 1, CONSUMER, ROWS, MMA)
     a, b, c, d = _weights(shared, place, CONSUMER, ROWS, 1, MMA, False)
-    _take_turn(turn, 0, CONSUMER)
     p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
     p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
     p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
     p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
-    _pass_turn(turn, CONSUMER)
     e, f, g, h = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, False)
-    _take_turn(turn, 1, CONSUMER)
     q = warpgroup_mma(e, _x(shared, place + 1, 0), zeros, use_acc=False, is_async=True)
     q = warpgroup_mma(f, _x(shared, place + 1, 1), q, is_async=True)
     q = warpgroup_mma(g, _x(shared, place + 1, 2), q, is_async=True)
     q = warpgroup_mma(h, _x(shared, place + 1, 3), q, is_async=True)
-    _pass_turn(turn, CONSUMER)
     p, q, a, b, c, d, e, f, g, h = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d, e, f, g, h])
     acc += p * s0
     acc += q * s1

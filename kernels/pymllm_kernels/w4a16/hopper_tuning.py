@@ -241,6 +241,8 @@ def why_invalid(config: HopperConfig, form: HopperForm, shared_memory: int) -> s
         return f"{config} takes one group a block, found {form.runs}"
     if config.scale_weights and not form.same_dtype:
         return f"{config} takes scales in the activations' dtype"
+    if config.turns and not config.scale_weights:
+        return f"{config} takes turns with scaled weights only"
     registers = _registers(config, form)
     if registers > CONSUMER_REGISTERS[config.consumers]:
         return (
