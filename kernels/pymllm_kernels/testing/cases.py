@@ -125,6 +125,8 @@ def w4a16_hopper_cases() -> Iterator[Specialization]:
         tiles = {(c.block_m, c.consumers): c for c in found}
         for tile in ((16, 4), (16, 3), (64, 4), (128, 2), (128, 3)):
             yield w4a16_hopper_case(variant, tiles[tile])
+        # Consumers take turns in whole tiles only.
+        yield w4a16_hopper_case(variant, next(c for c in found if c.turns))
 
 
 def _hopper_tiles(variant: W4A16Variant) -> list[HopperW4A16Config]:
