@@ -48,7 +48,7 @@ def _producer(
     if DEPENDENT:
         gdc_wait()
     x_desc, weight_desc, scale_desc, zero_desc = sources
-    x_smem, weight_smem, scale_smem, zero_smem, full, empty, _, _ = shared
+    x_smem, weight_smem, scale_smem, zero_smem, full, empty, _ = shared
     slot = 0
     phase = 1
     own, segments = count_segments(whole, tiles_m * tiles_n, steps)
@@ -120,8 +120,8 @@ def _consumer(
     RUNS: gl.constexpr, SCALE_WEIGHTS: gl.constexpr, SLOTS: gl.constexpr, SPAN: gl.constexpr,
     GROUP_M: gl.constexpr, OUT_PARTS: gl.constexpr, SHARE: gl.constexpr, MEET: gl.constexpr,
 ):  # fmt: skip
-    _, _, _, _, full, empty, turn, out_smem = shared
-    problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps = work
+    _, _, _, _, full, empty, out_smem = shared
+    problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps, turn = work
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -260,9 +260,9 @@ def w4a16_gemm_hopper(
         2 * BLOCK_N * WORDS + SCALES_N * RUNS * PARAMETER_BYTES + 8 * BLOCK_M * SLICE_K
     )
     sources = (x_desc, weight_desc, scale_desc, zero_desc)
-    shared = (x_smem, weight_smem, scale_smem, zero_smem, full, empty, turn, out_smem)
+    shared = (x_smem, weight_smem, scale_smem, zero_smem, full, empty, out_smem)
     problem = (out_ptr, bias_ptr, stride_om, M, N)
-    work = (problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps)
+    work = (problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps, turn)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,

@@ -17,7 +17,7 @@ from pymllm_kernels.w4a16.unpack_int8 import less_128_over_128, less_zero_over_1
 @gluon.jit
 def _zero(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, A: gl.constexpr):
     """Zero points of this consumer's rows as they are stored, int8 ``[ROWS, 1]``."""
-    _, _, _, zero_smem, _, _, _, _ = shared
+    _, _, _, zero_smem, _, _, _ = shared
     zero = zero_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, A))
     return gl.expand_dims(zero, 1)
 
@@ -28,7 +28,7 @@ def _scaled(
     RUNS: gl.constexpr, A: gl.constexpr,
 ):  # fmt: skip
     """Slice J of weights times its scale, rounded to 16 bits."""
-    x_smem, weight_smem, scale_smem, _, _, _, _, _ = shared
+    x_smem, weight_smem, scale_smem, _, _, _, _ = shared
     run = place * RUNS + J * RUNS // 4
     scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, A))
     scale = scale.to(x_smem.dtype)
@@ -40,7 +40,7 @@ def _scaled(
 @gluon.jit
 def _rows(shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr):
     """This consumer's rows of a block of packed weights."""
-    x_smem, weight_smem, _, _, _, _, _, _ = shared
+    x_smem, weight_smem, _, _, _, _, _ = shared
     # One box a place, or one a consumer.
     BOXES: gl.constexpr = 2 * weight_smem.shape[0] // x_smem.shape[0]
     BOX_ROWS: gl.constexpr = weight_smem.shape[1]
@@ -54,7 +54,7 @@ def _weights_int4(
     A: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """The 4 slices of this consumer's rows in registers: ``code - zero``, exact, or scaled."""
-    x_smem, _, _, zero_smem, _, _, _, _ = shared
+    x_smem, _, _, zero_smem, _, _, _ = shared
     HALF: gl.constexpr = x_smem.dtype
     OFFSET: gl.constexpr = 128.0 if HALF == gl.bfloat16 else 1024.0
     OFFSET_BITS: gl.constexpr = 0x4300 if HALF == gl.bfloat16 else 0x6400
@@ -79,7 +79,7 @@ def _half_int8(
     RUNS: gl.constexpr, A: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Slices 2 H and 2 H + 1, as ``_weights_int4``; exact bf16 is in 128ths."""
-    x_smem, _, _, zero_smem, _, _, _, _ = shared
+    x_smem, _, _, zero_smem, _, _, _ = shared
     HALF: gl.constexpr = x_smem.dtype
     SLICE_K: gl.constexpr = x_smem.shape[2] // 2
     words = _rows(shared, place, CONSUMER, ROWS).slice(H * SLICE_K, SLICE_K, 1).load(A)
@@ -116,7 +116,7 @@ def _weights(
     shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
     MMA: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    x_smem, weight_smem, _, _, _, _, _, _ = shared
+    x_smem, weight_smem, _, _, _, _, _ = shared
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
     if weight_smem.shape[2] == x_smem.shape[2]:
         a, b = _half_int8(shared, place, 0, CONSUMER, ROWS, RUNS, A, SCALE_WEIGHTS)
@@ -129,7 +129,7 @@ def _weights(
 @gluon.jit
 def _scale(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr):
     """fp32 ``[ROWS, 1]``, of weights as they come."""
-    x_smem, weight_smem, scale_smem, _, _, _, _, _ = shared
+    x_smem, weight_smem, scale_smem, _, _, _, _ = shared
     scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, MMA))
     scale = scale.to(gl.float32)
     if weight_smem.shape[2] == x_smem.shape[2] and x_smem.dtype == gl.bfloat16:
@@ -141,7 +141,7 @@ def _scale(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.cons
 @gluon.jit
 def _x(shared, place, J: gl.constexpr):
     """Slice J of a block of activations, ``[SLICE_K, BLOCK_M]``."""
-    x_smem, _, _, _, _, _, _, _ = shared
+    x_smem, _, _, _, _, _, _ = shared
     SLICE_K: gl.constexpr = x_smem.shape[2] // 2
     return x_smem.index(place * 2 + J // 2).slice(J % 2 * SLICE_K, SLICE_K, 1).permute((1, 0))
 

@@ -64,7 +64,7 @@ class HopperConfig:
 
     @property
     def fills(self) -> bool:
-        """Whether weights are on their way before the warps part, 1 to 1.5 us of calls of 8 to 120."""
+        """Whether weights are on their way before the warps part: up to 1.5 us of calls of 8 to 120."""
         return self.tokens <= 64 and self.share == 1
 
     @property
