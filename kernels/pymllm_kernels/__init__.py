@@ -11,11 +11,11 @@ from pymllm_kernels.per_token_quant_int8.api import (
     per_token_quant_int8_asym,
     static_quant_int8,
 )
-from pymllm_kernels.problem import CHANNEL, LinearKernel, LinearProblem
+from pymllm_kernels.problem import CHANNEL, LinearKernel, LinearProblem, WrongInputsError
 from pymllm_kernels.selection import KernelChoice, Refusal, kernel_names, select_kernel
 from pymllm_kernels.w4a16.api import W4A16Weight, w4a16_gemm
 from pymllm_kernels.w8a8_int8.api import w8a8_int8_gemm
-from pymllm_kernels.w8a8_int8.providers import W8A8Weight
+from pymllm_kernels.w8a8_int8.layout import W8A8Weight
 
 __all__ = [
     "CHANNEL",
@@ -27,6 +27,7 @@ __all__ = [
     "Refusal",
     "W4A16Weight",
     "W8A8Weight",
+    "WrongInputsError",
     "counters",
     "device_facts",
     "kernel_names",

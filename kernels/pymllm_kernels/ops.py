@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
+
+BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _LIBRARY = torch.library.Library("pymllm_kernels", "DEF")
 
@@ -234,9 +238,9 @@ def w4a16_gemm_hopper(
     group_size: int,
     bits: int = 4,
 ) -> torch.Tensor:
-    """The operator, without the dispatcher where that changes nothing (see ``_direct``)."""
+    """The operator, without the dispatcher where that changes nothing (see ``direct``)."""
     call: Callable[..., torch.Tensor] = (
-        _w4a16_gemm_hopper if _direct(x) else torch.ops.pymllm_kernels.w4a16_gemm_hopper
+        _w4a16_gemm_hopper if direct(x) else torch.ops.pymllm_kernels.w4a16_gemm_hopper
     )
     return call(x, weight, scale, zero, input_perm, bias, group_size, bits)
 
@@ -251,25 +255,25 @@ def w8a8_int8_linear(
     bias: torch.Tensor | None,
     symmetric: bool,
 ) -> torch.Tensor:
-    """The operator, without the dispatcher where that changes nothing (see ``_direct``)."""
+    """The operator, without the dispatcher where that changes nothing (see ``direct``)."""
     call: Callable[..., torch.Tensor] = (
-        _w8a8_int8_linear if _direct(x) else torch.ops.pymllm_kernels.w8a8_int8_linear
+        _w8a8_int8_linear if direct(x) else torch.ops.pymllm_kernels.w8a8_int8_linear
     )
     return call(x, weight, w_scale, w_column_sum, input_scale, input_zero, bias, symmetric)
 
 
-def _direct(x: torch.Tensor) -> bool:
+def direct(x: torch.Tensor) -> bool:
     """Whether an operator's implementation may be called without torch's dispatcher.
 
     The dispatcher takes 7 us of a call's 25 on the host. It is needed where somebody listens or
     replaces calls: compiling, tracing, fake and other special tensors, dispatch modes, autograd.
     """
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and type(x) is torch.Tensor
         and not x.requires_grad
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
+        and _len_torch_dispatch_stack() == 0
+        and _get_tracing_state() is None
     )
 
 

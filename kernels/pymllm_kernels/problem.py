@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,17 @@ import torch
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.launch import in_short
 from pymllm_kernels.device import DeviceFacts
+from pymllm_kernels.ops import BIAS_DTYPES
 from pymllm_kernels.tuning.resolving import Resolved, config_for, resolve
 from pymllm_kernels.tuning.tunable import Tunable
 
 CHANNEL = -1
-_BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# x [..., K], what a kernel's prepare made, bias [N] or None -> [..., N].
+LinearCall = Callable[[torch.Tensor, Any, "torch.Tensor | None"], torch.Tensor]
+
+
+class WrongInputsError(ValueError):
+    """An activation has another number of inputs than the layer."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,18 @@ class LinearKernel:
         """What makes this kernel the choice where it can run."""
         raise NotImplementedError
 
+    def bind(self, problem: LinearProblem, weight: Any) -> LinearCall:
+        """``apply`` of one layer, for many calls.
+
+        Args:
+            problem: the layer; every call's ``x`` has its dtype.
+            weight: what ``prepare`` made; a call may have another of its kind on its device.
+
+        Returns:
+            What raises a :class:`WrongInputsError` where ``x`` is not ``[..., K]``.
+        """
+        return BoundCall(self, problem).__call__
+
     def resolved(self, problem: LinearProblem, m: int) -> Resolved | None:
         """Launch parameters for ``m`` tokens and their origin; ``None`` where there are none to choose.
 
@@ -111,6 +130,31 @@ class LinearKernel:
         return None if found is None else f"{in_short(found.config)} ({found.origin})"
 
 
+@dataclass(frozen=True)
+class BoundCall:
+    """``apply`` of a kernel for one problem.
+
+    Attributes:
+        kernel: what multiplies.
+        problem: what it was chosen for.
+    """
+
+    kernel: Any
+    problem: LinearProblem
+
+    def __call__(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [..., K]`` to ``[..., N]``.
+
+        Raises:
+            WrongInputsError: ``x`` has not K inputs.
+        """
+        k = self.problem.k
+        if x.dim() == 0 or x.shape[-1] != k:
+            raise WrongInputsError(f"x: found {list(x.shape)}, expected [..., {k}]")
+        out: torch.Tensor = self.kernel.apply(self.problem, x, weight, bias)
+        return out
+
+
 def check_call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n: int) -> None:
     """What a kernel checks of every call beyond the dtype and number of inputs of ``x``.
 
@@ -123,7 +167,7 @@ def check_call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     if bias is not None:
         if bias.shape != (n,):
             raise ValueError(f"bias: found shape {tuple(bias.shape)}, expected ({n},)")
-        if bias.dtype not in _BIAS_DTYPES:
-            raise ValueError(f"bias: found {bias.dtype}, accepted {_BIAS_DTYPES}")
+        if bias.dtype not in BIAS_DTYPES:
+            raise ValueError(f"bias: found {bias.dtype}, accepted {BIAS_DTYPES}")
         if bias.get_device() != x.get_device():
             raise ValueError(f"bias: found on {bias.device}, but x is on {x.device}")

@@ -77,6 +77,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "counters", lambda device: counters, raising=False)
         monkeypatch.setattr(module, "_PREPARED", {}, raising=False)
     monkeypatch.setattr(launcher.cuda, "raw_stream", lambda index: 5)
+    monkeypatch.setattr(launcher.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(
+        launcher.cuda, "empty", lambda shape, strides, dtype: torch.empty(shape, dtype=dtype)
+    )
     monkeypatch.setattr(Kernel, "launches", [])
     cached: list[Any] = [
         hopper_launch._loaded, hopper_launch._kernel, hopper_decode_launch._kernel,
@@ -205,10 +209,9 @@ def test_every_call_reads_the_weight_anew(m: int) -> None:
     for bias in (torch.empty(4096, dtype=BF16), torch.empty(4096), torch.empty(8192)[::2]):
         given = launched(x, bias)
         assert (given["bias_ptr"] == bias.data_ptr()) == (bias.stride(0) == 1)
-    forms = [form for form, *_ in hopper_launch._PREPARED]
-    assert forms == [BF16] * 3
+    assert [layer.act for layer, *_ in hopper_launch._PREPARED] == [BF16] * 3
     launched(x.to(torch.float16))
-    assert [form for form, *_ in hopper_launch._PREPARED] == [BF16] * 3 + [torch.float16]
+    assert [layer.act for layer, *_ in hopper_launch._PREPARED] == [BF16] * 3 + [torch.float16]
 
 
 def test_a_new_configuration_is_seen() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pymllm_kernels import LinearProblem, counters, device_facts, ops, select_kernel
+from pymllm_kernels.common import eager
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -35,9 +36,10 @@ class Layer:
             stored = (codes, torch.rand(n, device="cuda", generator=g) / 1000)
         self.kernel: Any = select_kernel(self.problem).kernel
         self.weight = self.kernel.prepare(self.problem, *stored)
+        self.call = self.kernel.bind(self.problem, self.weight)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        out: torch.Tensor = self.kernel.apply(self.problem, x, self.weight, bias)
+        out: torch.Tensor = self.call(x, self.weight, bias)
         return out
 
     def inputs(self, m: int) -> torch.Tensor:
@@ -93,17 +95,19 @@ def test_threads_may_call_a_layer_at_once(scheme: str) -> None:
 def test_the_dispatcher_changes_nothing(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(scheme, 1040, 2048)
     x = layer.inputs(9)
-    assert ops._direct(x)
+    assert ops.direct(x)
     direct = layer(x)
-    monkeypatch.setattr(ops, "_direct", lambda x: False)
+    assert torch.equal(layer.kernel.apply(layer.problem, x, layer.weight, None), direct)
+    for module in (ops, eager):
+        monkeypatch.setattr(module, "direct", lambda x: False)
     assert torch.equal(layer(x), direct)
 
 
 def test_who_listens_is_heard() -> None:
     x = torch.empty(1, 1, device="cuda")
-    assert ops._direct(x)
-    assert not ops._direct(x.requires_grad_())
-    assert not ops._direct(torch.nn.Parameter(x.detach()))
+    assert ops.direct(x)
+    assert not ops.direct(x.requires_grad_())
+    assert not ops.direct(torch.nn.Parameter(x.detach()))
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Mode(TorchDispatchMode):

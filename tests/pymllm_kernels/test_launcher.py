@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -132,7 +133,7 @@ def test_wrong_counts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = quantization()
     launch = kernel.bind(sizes=[4096, 4096, 4096, 0])
     for values in ([16, 32], [16, 32, 48, 64]):
-        with pytest.raises(ValueError, match="same size"):
+        with pytest.raises(struct.error, match="expected 3 items"):
             launch(1, 9, (), values)
     maps = launcher.TensorMaps({"block_size": [8, 64], "swizzle": 3}, BF16, (8, 64), (64, 1))
     with pytest.raises(ValueError, match="zip"):
@@ -147,14 +148,21 @@ def test_wrong_counts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_do_not_mix_up_their_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All through one launch, each with addresses, grid and stream of its own."""
+    """All through one launcher, each with addresses, grid and stream of its own."""
     driver = Driver(monkeypatch)
-    launch = quantization().bind(sizes=[4096, 4096, 4096, 0])
     driver.sizes = [8] * 3 + [4] * 4 + [8] * 2
+    kernel, mine = quantization(), threading.local()
+    monkeypatch.setattr(launcher, "load", lambda form, device: kernel)
+    monkeypatch.setattr(cuda, "raw_stream", lambda index: mine.stream)
+    launch = launcher.FormLauncher(quant.specialization)
+    form = quant.form_of(BF16, 4096, 4096, 1, 0, static=False, zero=False)
+    sizes = {"K": 4096, "stride_xm": 4096, "stride_cm": 4096, "counters": 0}
 
     def work(i: int) -> None:
+        mine.stream = 10 * i
+        given = {"x_ptr": 16 * i, "codes_ptr": 32 * i, "scale_ptr": 48 * i, **sizes}
         for _ in range(500):
-            launch(i, 10 * i, (), [16 * i, 32 * i, 48 * i])
+            launch(form, torch.device("cuda", 0), i, given)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
     for thread in threads:

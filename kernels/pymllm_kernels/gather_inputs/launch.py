@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from pymllm_kernels.common import cuda
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.launcher import LoadedKernel, load
 from pymllm_kernels.common.specialization import Specialization, pointer_type
@@ -74,11 +75,11 @@ class PreparedGather:
         sizes = (k // 8, *(strides[:1] if even else strides))
         self._launch = _kernel(form, device).bind(sizes=sizes)
         self._programs = m * -(-k // form.block)
-        self._shape = (m, k)
+        self._shape, self._strides = (m, k), (k, 1)
 
     def __call__(self, x: torch.Tensor, perm: torch.Tensor, stream: int) -> torch.Tensor:
         """``x[:, perm]``, on the current device; a dependent kernel may start at once."""
-        out = x.new_empty(*self._shape)
+        out = cuda.empty(self._shape, self._strides, x.dtype)
         addresses = (x.data_ptr(), perm.data_ptr(), out.data_ptr())
         self._launch(self._programs, stream, (), addresses)
         return out

@@ -9,7 +9,8 @@ import torch
 from pymllm_kernels import LinearProblem, device_facts, select_kernel
 from pymllm_kernels.per_token_quant_int8 import reference as quant
 from pymllm_kernels.w8a8_int8 import reference
-from pymllm_kernels.w8a8_int8.providers import W8A8Kernel, W8A8Weight
+from pymllm_kernels.w8a8_int8.layout import W8A8Weight
+from pymllm_kernels.w8a8_int8.providers import W8A8Kernel
 
 
 @dataclasses.dataclass

@@ -17,6 +17,7 @@ from pymllm_kernels.w4a16.hopper_decode import w4a16_decode_hopper
 from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig, why_invalid
 
 if TYPE_CHECKING:
+    from pymllm_kernels.w4a16.api import W4A16Weight
     from pymllm_kernels.w4a16.hopper_launch import HopperLayer
 
 _ONE_GROUP = 2**30
@@ -81,12 +82,12 @@ class PreparedDecode:
         self._launch = _kernel(layer.compiled, config, device).bind(sizes=sizes)
 
     def __call__(
-        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
-        zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+        self, x: torch.Tensor, weight: W4A16Weight, bias: torch.Tensor | None, out: torch.Tensor,
         stream: int,
     ) -> None:  # fmt: skip
-        """Launches on the current device."""
-        addresses = [x.data_ptr(), weight.data_ptr(), scale.data_ptr()]
+        """Launches on the current device; of ``x`` and ``out`` only the addresses are read."""
+        words, scale, zero, _, _ = weight
+        addresses = [x.data_ptr(), words.data_ptr(), scale.data_ptr()]
         if zero is not None:
             addresses.append(zero.data_ptr())
         if bias is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from threading import get_ident
 from typing import NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
 
+from pymllm_kernels.common import cuda
 from pymllm_kernels.common.cuda import raw_stream
+from pymllm_kernels.common.eager import Prepared
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.gluon_hopper import GLUON_DTYPE, tile_layout
 from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
@@ -20,6 +23,7 @@ from pymllm_kernels.gather_inputs import launch as gather
 from pymllm_kernels.gather_inputs.launch import PreparedGather
 from pymllm_kernels.tuning import TuningKey, resolve, state
 from pymllm_kernels.w4a16 import hopper_decode_launch
+from pymllm_kernels.w4a16.api import W4A16Weight
 from pymllm_kernels.w4a16.hopper import w4a16_gemm_hopper
 from pymllm_kernels.w4a16.hopper_decode_launch import PreparedDecode
 from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig
@@ -192,57 +196,69 @@ def launch(
     contiguous or not on 16 bytes) is copied first. ``perm`` int32 ``[K]``: the input at each column of
     the weight, ``None`` for their order.
     """
-    m, k = x.shape
-    _, n, words = weight.shape
+    n = weight.shape[1]
     if out is None:
-        out = x.new_empty(m, n)
-    if m == 0:
+        out = x.new_empty(x.shape[0], n)
+    if x.shape[0] == 0:
         return out
+    given = W4A16Weight(weight, scale, zero, None, perm)
+    prepared = find(x, given, bias, group_size, bits, config)
+    if prepared is None:
+        x = x.clone(memory_format=torch.contiguous_format)
+        prepared = find(x, given, bias, group_size, bits, config)
+        assert prepared is not None
+    prepared(x, given, bias, out, raw_stream(x.get_device()))
+    return out
+
+
+def find(
+    x: torch.Tensor,
+    weight: W4A16Weight,
+    bias: torch.Tensor | None,
+    group_size: int,
+    bits: int = 4,
+    config: HopperConfig | DecodeConfig | None = None,
+) -> Prepared | None:
+    """What launches a layer for an ``x [M, K]``, M > 0, of these strides and this alignment.
+
+    ``None`` if the kernels cannot read such an ``x``.
+    """
+    m, k = x.shape
+    _, n, words = weight.weight.shape
     stride_xm, stride_xk = x.stride()
     # The stride of a single row may be anything.
     strides = (stride_xm if m > 1 else k, stride_xk)
     aligned = x.data_ptr() % 16 == 0
-    if perm is None and not (aligned and stride_xk == 1 and strides[0] % 8 == 0):
-        x = x.clone(memory_format=torch.contiguous_format)
-        strides, aligned = (k, 1), True
-    index = x.get_device()
-    key = (
-        x.dtype, scale.dtype, zero is None, None if bias is None else bias.dtype, n, k, words, bits,
-        group_size, perm is None, m, strides, aligned, index, config, state.generation,
+    act_order = weight.input_perm is not None
+    if not act_order and not (aligned and stride_xk == 1 and strides[0] % 8 == 0):
+        return None
+    layer = HopperLayer(
+        n, k, words * 16 // bits, group_size, x.dtype, weight.scale.dtype, weight.zero is not None,
+        None if bias is None else bias.dtype, act_order, bits,
     )  # fmt: skip
+    # A launch is for one thread at a time.
+    key = (layer, m, strides, aligned, x.get_device(), config, state.generation, get_ident())
     prepared = _PREPARED.get(key)
     if prepared is None:
-        layer = HopperLayer(
-            n, k, words * 16 // bits, group_size, x.dtype, scale.dtype, zero is not None, key[3],
-            perm is not None, bits,
-        )  # fmt: skip
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
         prepared = _PREPARED[key] = _prepare(layer, m, strides, aligned, x.device, config)
-    gather_inputs, gemm = prepared
-    stream = raw_stream(index)
-    if gather_inputs is not None:
-        assert perm is not None
-        x = gather_inputs(x, perm, stream)
-    gemm(x, weight, scale, zero, bias, out, stream)
-    return out
+    return prepared
 
 
 def _prepare(
     layer: HopperLayer, m: int, strides: tuple[int, int], aligned: bool, device: torch.device,
     config: HopperConfig | DecodeConfig | None,
-) -> tuple[PreparedGather | None, _Prepared | PreparedDecode]:  # fmt: skip
+) -> Prepared:  # fmt: skip
     if config is None:
         config = resolve(HOPPER, layer.tuning_key, m, device_facts(device)).config
-    gather_inputs, stride_xm = None, strides[0]
+    stride_xm = layer.k if layer.act_order else strides[0]
+    prepare = PreparedDecode if isinstance(config, DecodeConfig) else _PreparedTiles
+    gemm: Prepared = prepare(layer, m, stride_xm, device, config)  # type: ignore[arg-type]
     if layer.act_order:
-        # By a kernel before the GEMM: TMA reads neighbours, and in the kernel for few tokens each
-        # multiprocessor would gather all of x, 32 scattered lines a load.
         gather_inputs = PreparedGather(layer.act, m, layer.k, strides, aligned, device)
-        stride_xm = layer.k
-    if isinstance(config, DecodeConfig):
-        return gather_inputs, PreparedDecode(layer, m, stride_xm, device, config)
-    return gather_inputs, _Prepared(layer, m, stride_xm, device, config)
+        return _GatheredFirst(gather_inputs, gemm)
+    return gemm
 
 
 def _beside_the_gathering(layer: HopperLayer, config: HopperConfig) -> HopperLayer:
@@ -254,7 +270,26 @@ def _beside_the_gathering(layer: HopperLayer, config: HopperConfig) -> HopperLay
     return compiled if config.block_m <= 64 else compiled._replace(act_order=False)
 
 
-class _Prepared:
+class _GatheredFirst(NamedTuple):
+    """The launches of a layer in act-order.
+
+    A kernel before the GEMM puts x in order: TMA reads neighbours, and in the kernel for few tokens each
+    multiprocessor would gather all of x, 32 scattered lines a load.
+    """
+
+    gather_inputs: PreparedGather
+    gemm: Prepared
+
+    def __call__(
+        self, x: torch.Tensor, weight: W4A16Weight, bias: torch.Tensor | None, out: torch.Tensor,
+        stream: int,
+    ) -> None:  # fmt: skip
+        assert weight.input_perm is not None
+        x = self.gather_inputs(x, weight.input_perm, stream)
+        self.gemm(x, weight, bias, out, stream)
+
+
+class _PreparedTiles:
     """A launch for one shape of a layer and number of tokens, but for the addresses."""
 
     def __init__(
@@ -281,14 +316,14 @@ class _Prepared:
         self._launch = kernel.bind(maps, sizes)
 
     def __call__(
-        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
-        zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+        self, x: torch.Tensor, weight: W4A16Weight, bias: torch.Tensor | None, out: torch.Tensor,
         stream: int,
     ) -> None:  # fmt: skip
+        words, scale, zero, _, _ = weight
         to = out.data_ptr()
         maps = [
             self._x[x.data_ptr()],
-            self._weight[weight.data_ptr()],
+            self._weight[words.data_ptr()],
             self._scale[scale.data_ptr()],
         ]
         if zero is not None:
@@ -301,12 +336,12 @@ class _Prepared:
             addresses.append(bias.data_ptr())
         if self._part_elements:
             # Kept alive by the stream's order: torch hands it out again to later work only.
-            part = x.new_empty(self._part_elements, dtype=torch.float32)
+            part = cuda.empty((self._part_elements,), (1,), torch.float32)
             addresses += (part.data_ptr(), counters(self._device).data_ptr())
         self._launch(self._programs, stream, maps, addresses)
 
 
-_PREPARED: dict[tuple[object, ...], tuple[PreparedGather | None, _Prepared | PreparedDecode]] = {}
+_PREPARED: dict[tuple[object, ...], Prepared] = {}
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pymllm_kernels.common import cuda
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.per_token_quant_int8 import launch as quant
 from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
@@ -59,7 +60,7 @@ class Quantization:
             them; the workspace and counters that are 0, if there are parts, of this call alone:
             captured graphs may run beside each other.
         """
-        memory = x.new_empty(self._bytes, dtype=torch.uint8)
+        memory = cuda.empty((self._bytes,), (1,), torch.uint8)
         codes = memory.data_ptr()
         scale = codes + self._at_scale if input_scale is None else input_scale.data_ptr()
         zero: tuple[int, ...] = ()

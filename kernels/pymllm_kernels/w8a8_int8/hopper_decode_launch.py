@@ -14,6 +14,7 @@ from pymllm_kernels.w8a8_int8.hopper_codes import Quantization, quantization_for
 from pymllm_kernels.w8a8_int8.hopper_decode import w8a8_int8_decode_hopper
 from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig, why_invalid
 from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
+from pymllm_kernels.w8a8_int8.layout import W8A8Weight
 
 
 def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
@@ -74,6 +75,8 @@ class PreparedDecode:
             reason = f"{config} quantizes symmetric dynamic activations"
         if reason is not None:
             raise ValueError(f"config: {reason}")
+        # Loads of 16 bytes.
+        self._copied = x.data_ptr() % 16 != 0 or strides[1] != 1
         self._quantize = None
         if not config.fused:
             self._quantize = Quantization(layer, m, strides, x, early=True)
@@ -83,21 +86,19 @@ class PreparedDecode:
         self._zero = layer.zero
 
     def __call__(
-        self, x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor,
-        w_column_sum: torch.Tensor | None, input_scale: torch.Tensor | None,
-        input_zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+        self, x: torch.Tensor, weight: W8A8Weight, bias: torch.Tensor | None, out: torch.Tensor,
         stream: int,
     ) -> None:  # fmt: skip
         """Launches on the current device."""
+        codes_of_weight, w_scale, w_column_sum, input_scale, input_zero = weight
         addresses: list[int]
         if self._quantize is None:
-            if x.data_ptr() % 16 or x.stride(1) != 1:
-                # Loads of 16 bytes.
+            if self._copied:
                 x = x.clone(memory_format=torch.contiguous_format)
-            addresses = [x.data_ptr(), weight.data_ptr(), w_scale.data_ptr()]
+            addresses = [x.data_ptr(), codes_of_weight.data_ptr(), w_scale.data_ptr()]
         else:
             _memory, codes, scale, zero, _ = self._quantize(x, input_scale, input_zero, stream)
-            addresses = [codes, weight.data_ptr(), scale, w_scale.data_ptr(), *zero]
+            addresses = [codes, codes_of_weight.data_ptr(), scale, w_scale.data_ptr(), *zero]
         if self._zero:
             assert w_column_sum is not None
             addresses.append(w_column_sum.data_ptr())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from threading import get_ident
 
 import torch
 
 from pymllm_kernels.common.cuda import raw_stream
+from pymllm_kernels.common.eager import Prepared
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.gluon_hopper import tile_layout
 from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
@@ -21,6 +23,7 @@ from pymllm_kernels.w8a8_int8.hopper_decode_launch import PreparedDecode
 from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
 from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
 from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, Plan, plan_launch
+from pymllm_kernels.w8a8_int8.layout import W8A8Weight
 from pymllm_kernels.w8a8_int8.tunable import HOPPER
 
 # One a layer shape and number of tokens; a server that meets more starts anew.
@@ -125,45 +128,60 @@ def launch_linear(
         config: the compiled form, by rule if absent.
         plan: how tiles are launched, by rule if absent.
     """
-    m, k = x.shape
-    n = weight.shape[0]
     if out is None:
-        out = x.new_empty(m, n)
-    if m == 0 or n == 0:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+    if x.shape[0] == 0 or weight.shape[0] == 0:
         return out
-    static = input_scale is not None
-    zero = input_zero is not None if static else not symmetric
+    given = W8A8Weight(weight, w_scale, w_column_sum, input_scale, input_zero)
+    prepared = find(x, given, bias, symmetric, config, plan)
+    prepared(x, given, bias, out, raw_stream(x.get_device()))
+    return out
+
+
+def find(
+    x: torch.Tensor,
+    weight: W8A8Weight,
+    bias: torch.Tensor | None,
+    symmetric: bool,
+    config: HopperConfig | DecodeConfig | None = None,
+    plan: Plan | None = None,
+) -> Prepared:
+    """What launches a layer for an ``x [M, K]``, M > 0, of these strides and this alignment."""
+    m, k = x.shape
+    static = weight.input_scale is not None
+    zero = weight.input_zero is not None if static else not symmetric
     stride_xm, stride_xk = x.stride()
     # The stride of a single row may be anything.
     strides = (stride_xm if m > 1 else k, stride_xk)
-    index = x.get_device()
+    layer = HopperLayer(
+        weight.weight.shape[0], k, x.dtype, weight.scale.numel() > 1, static, zero,
+        None if bias is None else bias.dtype,
+    )  # fmt: skip
+    # A launch is for one thread at a time.
     key = (
-        x.dtype, w_scale.numel() > 1, static, zero, None if bias is None else bias.dtype, n, k, m,
-        strides, x.data_ptr() % 16, index, config, plan, state.generation,
+        layer, m, strides, x.data_ptr() % 16, x.get_device(), config, plan, state.generation,
+        get_ident(),
     )  # fmt: skip
     prepared = _PREPARED.get(key)
     if prepared is None:
-        layer = HopperLayer(n, k, x.dtype, key[1], static, zero, key[4])
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
         prepared = _PREPARED[key] = _prepare(layer, m, strides, x, config, plan)
-    stream = raw_stream(index)
-    prepared(x, weight, w_scale, w_column_sum, input_scale, input_zero, bias, out, stream)
-    return out
+    return prepared
 
 
 def _prepare(
     layer: HopperLayer, m: int, strides: tuple[int, int], x: torch.Tensor,
     config: HopperConfig | DecodeConfig | None, plan: Plan | None,
-) -> _Prepared | PreparedDecode:  # fmt: skip
+) -> Prepared:  # fmt: skip
     if config is None:
         config = resolve(HOPPER, layer.tuning_key, m, device_facts(x.device)).config
     if isinstance(config, DecodeConfig):
         return PreparedDecode(layer, m, strides, x, config)
-    return _Prepared(layer, m, strides, x, config, plan)
+    return _PreparedTiles(layer, m, strides, x, config, plan)
 
 
-class _Prepared:
+class _PreparedTiles:
     """The launches for one shape of a layer and number of tokens, but for the addresses."""
 
     def __init__(
@@ -188,11 +206,10 @@ class _Prepared:
         self._programs = plan.programs
 
     def __call__(
-        self, x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor,
-        w_column_sum: torch.Tensor | None, input_scale: torch.Tensor | None,
-        input_zero: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
+        self, x: torch.Tensor, weight: W8A8Weight, bias: torch.Tensor | None, out: torch.Tensor,
         stream: int,
     ) -> None:  # fmt: skip
+        codes_of_weight, w_scale, w_column_sum, input_scale, input_zero = weight
         to = out.data_ptr()
         _memory, codes, scale, zero, parts = self._quantize(x, input_scale, input_zero, stream)
         addresses = [to, scale, w_scale.data_ptr(), *zero]
@@ -201,11 +218,11 @@ class _Prepared:
         if bias is not None:
             addresses.append(bias.data_ptr())
         addresses += parts
-        maps = (self._x[codes], self._weight[weight.data_ptr()], self._out[to])
+        maps = (self._x[codes], self._weight[codes_of_weight.data_ptr()], self._out[to])
         self._gemm(self._programs, stream, maps, addresses)
 
 
-_PREPARED: dict[tuple[object, ...], _Prepared | PreparedDecode] = {}
+_PREPARED: dict[tuple[object, ...], Prepared] = {}
 
 
 @functools.cache

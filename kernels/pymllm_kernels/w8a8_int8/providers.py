@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import torch
 
 from pymllm_kernels import ops
+from pymllm_kernels.common.eager import EagerCall, Prepared
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
 from pymllm_kernels.per_token_quant_int8 import api as quant_api
 from pymllm_kernels.per_token_quant_int8 import reference as quant_reference
-from pymllm_kernels.problem import LinearKernel, LinearProblem, check_call
+from pymllm_kernels.problem import BoundCall, LinearCall, LinearKernel, LinearProblem, check_call
 from pymllm_kernels.w8a8_int8 import api, reference
-from pymllm_kernels.w8a8_int8.layout import column_sum
+from pymllm_kernels.w8a8_int8.layout import W8A8Weight, column_sum
 from pymllm_kernels.w8a8_int8.tunable import HOPPER, TRITON
 
 SCHEME = "w8a8_int8"
-
-
-class W8A8Weight(NamedTuple):
-    """A weight and, for static activations, their quantization; ``prepare`` makes it.
-
-    Attributes:
-        weight: int8 ``[N, K]``.
-        scale: fp32 ``[N]`` or ``[1]``.
-        column_sum: int32 ``[N]``, or ``None`` if activations have no zero point.
-        input_scale: fp32 ``[1]``, or ``None`` for dynamic activations.
-        input_zero: int32 ``[1]``, or ``None``.
-    """
-
-    weight: torch.Tensor
-    scale: torch.Tensor
-    column_sum: torch.Tensor | None = None
-    input_scale: torch.Tensor | None = None
-    input_zero: torch.Tensor | None = None
 
 
 class W8A8Kernel(LinearKernel):
@@ -121,6 +105,22 @@ class HopperW8A8(W8A8Kernel):
             weight = weight.clone()
         return super().prepare(problem, weight, scale, input_scale, input_zero)
 
+    def bind(self, problem: LinearProblem, weight: W8A8Weight) -> LinearCall:
+        index = weight.weight.get_device()
+        return _eager_call(self, problem, index, weight.scale.numel() > 1).__call__
+
+    def find(
+        self,
+        problem: LinearProblem,
+        x: torch.Tensor,
+        weight: W8A8Weight,
+        bias: torch.Tensor | None,
+    ) -> Prepared:
+        """What launches the layer for an ``x [M, K]``, M > 0, on the current device."""
+        from pymllm_kernels.w8a8_int8 import hopper_launch
+
+        return hopper_launch.find(x, weight, bias, problem.input_symmetric)
+
     def apply(
         self,
         problem: LinearProblem,
@@ -133,6 +133,12 @@ class HopperW8A8(W8A8Kernel):
             x, weight.weight, weight.scale, weight.column_sum, weight.input_scale,
             weight.input_zero, bias, problem.input_symmetric,
         )  # fmt: skip
+
+
+# Layers of one problem share what is known, if they have the same number of scales.
+@functools.lru_cache(maxsize=4096)
+def _eager_call(kernel: HopperW8A8, problem: LinearProblem, index: int, channel: bool) -> EagerCall:
+    return EagerCall(BoundCall(kernel, problem), functools.partial(kernel.find, problem), index)
 
 
 class TritonW8A8(W8A8Kernel):

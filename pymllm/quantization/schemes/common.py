@@ -15,6 +15,7 @@ from pymllm_kernels import (
     DeviceFacts,
     KernelChoice,
     LinearProblem,
+    WrongInputsError,
     device_facts,
     select_kernel,
 )
@@ -28,7 +29,7 @@ class LinearScheme(ABC):
 
     * ``layer.problem``: the ``LinearProblem`` the kernel was chosen for;
     * ``layer.kernel_choice``: the ``KernelChoice``, with the reasons;
-    * ``layer.problem_by_dtype``: the problem for every dtype of ``x`` the kernel takes.
+    * ``layer.calls``: what multiplies, for every dtype of ``x`` the kernel takes.
 
     ``layer.kernel_name``, if set before, names the kernel to use.
     """
@@ -77,11 +78,13 @@ class LinearScheme(ABC):
                 been processed; the message names the layer, what was found and expected.
         """
         owner: Any = layer
-        problem = owner.problem_by_dtype.get(x.dtype)
-        if problem is None or x.dim() == 0 or x.shape[-1] != problem.k:
+        call = owner.calls.get(x.dtype)
+        if call is None:
             raise _bad_input(layer, x)
-        kernel = owner.kernel_choice.kernel
-        return kernel.apply(problem, x, self.weight_of(layer), bias)  # type: ignore[no-any-return]
+        try:
+            return call(x, self.weight_of(layer), bias)  # type: ignore[no-any-return]
+        except WrongInputsError:
+            raise _bad_input(layer, x) from None
 
     def choice_after_move(self, layer: nn.Module, device: torch.device) -> KernelChoice:
         """The kernel that would run a processed layer on another device.
@@ -97,7 +100,21 @@ class LinearScheme(ABC):
         """Take over ``choice`` after the tensors have moved."""
         owner: Any = layer
         device = self.weight_of(layer)[0].device
-        set_kernel(layer, dataclasses.replace(owner.problem, device=device_facts(device)), choice)
+        problem = dataclasses.replace(owner.problem, device=device_facts(device))
+        self.set_kernel(layer, problem, choice)
+
+    def set_kernel(self, layer: nn.Module, problem: LinearProblem, choice: KernelChoice) -> None:
+        """Store the choice for a layer's prepared weight, and a call for every dtype it takes."""
+        owner: Any = layer
+        owner.problem = problem
+        owner.kernel_choice = choice
+        weight, kernel = self.weight_of(layer), choice.kernel
+        variants = (dataclasses.replace(problem, act_dtype=dtype) for dtype in FLOAT_DTYPES)
+        owner.calls = {
+            variant.act_dtype: kernel.bind(variant, weight)
+            for variant in variants
+            if variant == problem or kernel.why_not(variant) is None
+        }
 
 
 def start_layer(
@@ -132,7 +149,7 @@ def start_layer(
     owner.output_partition_sizes = list(output_sizes)
     owner.kernel_name = getattr(layer, "kernel_name", None)
     owner.kernel_choice = owner.problem = None
-    owner.problem_by_dtype = {}
+    owner.calls = {}
 
 
 def is_processed(layer: nn.Module) -> bool:
@@ -161,19 +178,6 @@ def choose_kernel(layer: nn.Module, problem: LinearProblem, kernel: str | None) 
         raise ValueError(f"{place_of(layer)}: {error}") from None
 
 
-def set_kernel(layer: nn.Module, problem: LinearProblem, choice: KernelChoice) -> None:
-    """Store the choice, and the problem for every activation dtype the kernel takes."""
-    owner: Any = layer
-    owner.problem = problem
-    owner.kernel_choice = choice
-    variants = (dataclasses.replace(problem, act_dtype=dtype) for dtype in FLOAT_DTYPES)
-    owner.problem_by_dtype = {
-        variant.act_dtype: variant
-        for variant in variants
-        if variant == problem or choice.kernel.why_not(variant) is None
-    }
-
-
 def install(
     layer: nn.Module, stored: Sequence[str], prepared: Mapping[str, torch.Tensor | None]
 ) -> None:
@@ -197,9 +201,9 @@ def _bad_input(layer: nn.Module, x: torch.Tensor) -> ValueError:
             "process_weights_after_loading after loading"
         )
     kernel, problem = owner.kernel_choice.kernel, owner.problem
-    accepted = " or ".join(str(dtype) for dtype in owner.problem_by_dtype)
+    accepted = " or ".join(str(dtype) for dtype in owner.calls)
     why = ""
-    if x.dtype in FLOAT_DTYPES and x.dtype not in owner.problem_by_dtype:
+    if x.dtype in FLOAT_DTYPES and x.dtype not in owner.calls:
         refused = kernel.why_not(dataclasses.replace(problem, act_dtype=x.dtype))
         why = f" ({kernel.name} {refused})"
     return ValueError(

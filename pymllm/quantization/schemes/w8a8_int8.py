@@ -15,7 +15,6 @@ from pymllm.quantization.schemes.common import (
     install,
     is_processed,
     require_loaded,
-    set_kernel,
     start_layer,
 )
 from pymllm_kernels import CHANNEL, DeviceFacts, LinearProblem, W8A8Weight, device_facts
@@ -156,7 +155,7 @@ class CompressedTensorsW8A8Int8Scheme(LinearScheme):
             "input_zero_point": weight.input_zero,
         }
         install(layer, _STORED, prepared)
-        set_kernel(layer, problem, choice)
+        self.set_kernel(layer, problem, choice)
 
     def weight_of(self, layer: nn.Module) -> W8A8Weight:
         """The prepared weight that the kernel's ``apply`` takes."""

@@ -27,7 +27,6 @@ from pymllm.quantization.schemes.common import (
     install,
     is_processed,
     require_loaded,
-    set_kernel,
     start_layer,
 )
 from pymllm_kernels import (
@@ -313,7 +312,7 @@ class CompressedTensorsWNA16Scheme(LinearScheme):
             "input_perm": weight.input_perm,
         }
         install(layer, _STORED, prepared)
-        set_kernel(layer, problem, choice)
+        self.set_kernel(layer, problem, choice)
 
     def _groups(self, layer: nn.Module, k: int) -> int:
         if self.group_size == CHANNEL:
