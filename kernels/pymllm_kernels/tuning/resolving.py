@@ -81,6 +81,11 @@ def resolve(tunable: Tunable, key: TuningKey, m: int, facts: DeviceFacts) -> Res
         if found.config is not None:
             return Resolved(found.config, "shipped", found.reason)
         told += f"; shipped table: {found.reason}"
+        like = tunable.like(key)
+        if like is not None:
+            found = _find(table_here, tunable, place._replace(key=like), m, facts, key)
+            if found.config is not None:
+                return Resolved(found.config, "shipped", f"{like.told(place.m)} {found.reason}")
     _log.info("%s: by rule (%s)", key.told(place.m), told)
     return Resolved(tunable.rule(key, m, facts), "rule", told)
 
@@ -106,13 +111,18 @@ def config_for(tunable: Tunable, key: TuningKey, m: int, facts: DeviceFacts) -> 
     return config
 
 
-def _find(table: Table, tunable: Tunable, place: Place, m: int, facts: DeviceFacts) -> _Found:
+def _find(
+    table: Table, tunable: Tunable, place: Place, m: int, facts: DeviceFacts,
+    key: TuningKey | None = None,
+) -> _Found:  # fmt: skip
+    """The entry of a place, if it is valid for ``key``, which is the place's own if absent."""
+    key = key or place.key
     entry = table.get(place)
     if entry is None:
         return _Found(None, _why_missing(table, place))
     try:
-        config = tunable.adapt(tunable.from_json(entry.config), place.key, m, facts)
-        reason = tunable.why_invalid(config, place.key, m, facts)
+        config = tunable.adapt(tunable.from_json(entry.config), key, m, facts)
+        reason = tunable.why_invalid(config, key, m, facts)
     except (ValueError, ArithmeticError) as error:
         # The latter of numbers that make no sense, such as tiles of no tokens.
         reason = f"{type(error).__name__}: {error}"

@@ -35,6 +35,10 @@ class Tunable:
         """The key of a layer."""
         raise NotImplementedError
 
+    def like(self, key: TuningKey) -> TuningKey | None:
+        """The key of a layer with almost the same times, whose shipped configurations serve this one."""
+        return None
+
     def rule(self, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
         """The configuration by rule, never measured on this machine.
 

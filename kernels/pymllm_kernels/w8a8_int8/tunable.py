@@ -40,6 +40,11 @@ class HopperTunable(Tunable):
             problem.input_strategy == "tensor",
         )  # fmt: skip
 
+    def like(self, key: TuningKey) -> TuningKey | None:
+        # The GEMM is the same but for its epilogue.
+        like = replace(key, dtype="bfloat16", variant="")
+        return None if like == key else like
+
     def rule(self, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
         return hopper_tuning.choose_config(
             m, key.n, key.k, facts.multiprocessors, facts.shared_memory, not key.variant

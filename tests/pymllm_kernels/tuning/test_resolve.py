@@ -315,3 +315,38 @@ def test_shipped_tables_are_whole_and_of_these_kernels(path: Path) -> None:
         facts = replace(H200, name=there.conditions.board)
         config = tunable.from_json(found.config)
         assert tunable.why_invalid(config, there.key, there.m, facts) is None
+
+
+def test_what_is_shipped_for_a_like_layer_is_used(
+    directory: Path, tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After all that was measured for the layer itself, if it is valid for it, and it says so."""
+    other = replace(KEY, dtype="float16")
+    monkeypatch.setattr(type(TOY), "like", lambda self, key: KEY if key == other else None)
+    ship(BOARD, Table({place(8): entry(Tile(16)), place(4): entry(Tile(65))}), tables, monkeypatch)
+    found = resolve(TOY, other, 5, BOARD)
+    assert found[:2] == (Tile(16), "shipped")
+    assert found.reason.startswith("toy 4096x4096 group 128 bfloat16 M<=8 measured 10 us")
+    assert resolve(TOY, other, 4, BOARD).origin == resolve(TOY, other, 2, BOARD).origin == "rule"
+    state.keep(place(8, other), entry(Tile(32)))
+    assert resolve(TOY, other, 5, BOARD)[:2] == (Tile(32), "store")
+
+
+def test_which_layers_are_alike() -> None:
+    """Of these operations: 16-bit dtypes, zero points, a scale a row; not smaller groups or 8 bits."""
+    from pymllm_kernels.w4a16.tunable import HOPPER as W4A16
+    from pymllm_kernels.w8a8_int8.tunable import HOPPER as W8A8
+
+    def w4a16(group: int, dtype: str, variant: str = "") -> TuningKey:
+        return TuningKey(W4A16.operation, 4096, 4096, group, dtype, variant)
+
+    base = w4a16(128, "bfloat16")
+    assert W4A16.like(base) is None
+    for key in (w4a16(128, "float16"), w4a16(-1, "bfloat16"), w4a16(256, "float16", "zero")):
+        assert W4A16.like(key) == base
+    for group, variant in ((64, ""), (32, ""), (128, "bits=8"), (128, "scale=float16")):
+        assert W4A16.like(w4a16(group, "bfloat16", variant)) is None
+    assert W4A16.like(w4a16(64, "float16", "bits=8 zero")) == w4a16(64, "bfloat16", "bits=8")
+    int8 = TuningKey(W8A8.operation, 4096, 4096, -1, "bfloat16")
+    assert W8A8.like(int8) is None
+    assert W8A8.like(replace(int8, dtype="float16", variant="zero static")) == int8
