@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 __all__ = [
     "GLUON_DTYPE",
+    "as_shape",
     "next_slot",
     "split_columns",
     "sync_threads",
@@ -38,6 +39,9 @@ tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
+_REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
 @functools.cache
 def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """Shared-memory layout of a tile: swizzled over its row, up to 128 bytes."""
@@ -51,6 +55,15 @@ def next_slot(slot, phase, SLOTS: gl.constexpr):
     phase = gl.where(slot == SLOTS, phase ^ 1, phase)
     slot = gl.where(slot == SLOTS, 0, slot)
     return slot, phase
+
+
+@gluon.jit
+def as_shape(memory, SHAPE: gl.constexpr):
+    """Shared memory under another shape, which its layout must lay out alike."""
+    if _REINTERPRET_IS_PUBLIC:
+        return memory.reinterpret(memory.dtype, SHAPE, memory.layout)
+    else:
+        return memory._reinterpret(memory.dtype, SHAPE, memory.layout)
 
 
 @gluon.jit

@@ -119,6 +119,7 @@ def _consumer(
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr,
     RUNS: gl.constexpr, SCALE_WEIGHTS: gl.constexpr, SLOTS: gl.constexpr, SPAN: gl.constexpr,
     GROUP_M: gl.constexpr, OUT_PARTS: gl.constexpr, SHARE: gl.constexpr, MEET: gl.constexpr,
+    JOIN: gl.constexpr,
 ):  # fmt: skip
     _, _, _, _, full, empty, out_smem = shared
     problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps, turn = work
@@ -139,12 +140,12 @@ def _consumer(
             mbarrier.wait(full.index(slot), phase)
             if SCALE_WEIGHTS:
                 acc = add_scaled_weights(
-                    acc, shared, slot, turn, turn_phase, CONSUMER, ROWS, RUNS, MMA
+                    acc, shared, slot, turn, turn_phase, CONSUMER, ROWS, RUNS, MMA, JOIN
                 )
             elif SPAN == 2:
-                acc = add_two_blocks(acc, zeros, shared, slot * 2, CONSUMER, ROWS, MMA)
+                acc = add_two_blocks(acc, zeros, shared, slot * 2, CONSUMER, ROWS, MMA, JOIN)
             else:
-                acc = add_block(acc, zeros, shared, slot, CONSUMER, ROWS, RUNS, MMA)
+                acc = add_block(acc, zeros, shared, slot, CONSUMER, ROWS, RUNS, MMA, JOIN)
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = next_slot(slot, phase, SLOTS)
             turn_phase ^= 1
@@ -208,6 +209,7 @@ def w4a16_gemm_hopper(
     OUT_PARTS: gl.constexpr,  # pieces a tile is stored in by TMA, 0 for plain stores
     SHARE: gl.constexpr,  # whether tiles may be shared
     MEET: gl.constexpr,  # whether sharers wait for each other, which needs a cooperative launch
+    JOIN: gl.constexpr,  # slices of weights that are an operand of wgmma: 1, 2 or 4
     TURNS: gl.constexpr,  # whether consumers take turns at the tensor cores, with SCALE_WEIGHTS only
     REGISTERS: gl.constexpr,  # of a consumer's thread
     DEPENDENT: gl.constexpr,  # whether it is launched while x is still being written
@@ -266,9 +268,9 @@ def w4a16_gemm_hopper(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
             (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
                          SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
                          DEPENDENT)),
@@ -276,11 +278,11 @@ def w4a16_gemm_hopper(
     elif CONSUMERS == 3:
         gl.warp_specialize([
             (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
             (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
             (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
                          SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
                          DEPENDENT)),
@@ -288,13 +290,13 @@ def w4a16_gemm_hopper(
     else:
         gl.warp_specialize([
             (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
             (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
             (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
             (_consumer, (shared, work, 3, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
                          SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
                          DEPENDENT)),

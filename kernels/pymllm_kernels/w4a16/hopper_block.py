@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from pymllm_kernels.common.gluon_hopper import as_shape
 from pymllm_kernels.w4a16.kernel import or_magic_int4
 from pymllm_kernels.w4a16.unpack_int8 import less_128_over_128, less_zero_over_128, magic_int8
 
@@ -112,10 +113,18 @@ def _half_int8(
 
 
 @gluon.jit
+def _joined(a, b, A: gl.constexpr):
+    """Two operands as one, its columns those of the first, then of the second; moves nothing."""
+    both = gl.join(a, b).permute((0, 2, 1)).reshape((a.shape[0], 2 * a.shape[1]))
+    return gl.convert_layout(both, A, assert_trivial=True)
+
+
+@gluon.jit
 def _weights(
     shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
-    MMA: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
+    MMA: gl.constexpr, SCALE_WEIGHTS: gl.constexpr, JOIN: gl.constexpr,
 ):  # fmt: skip
+    """The slices of this consumer's rows, JOIN of them (1, 2 or 4) an operand."""
     x_smem, weight_smem, _, _, _, _, _ = shared
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
     if weight_smem.shape[2] == x_smem.shape[2]:
@@ -123,7 +132,15 @@ def _weights(
         c, d = _half_int8(shared, place, 1, CONSUMER, ROWS, RUNS, A, SCALE_WEIGHTS)
     else:
         a, b, c, d = _weights_int4(shared, place, CONSUMER, ROWS, RUNS, A, SCALE_WEIGHTS)
-    return a, b, c, d
+    if JOIN == 1:
+        weights = (a, b, c, d)
+    else:
+        a = _joined(a, b, A)
+        c = _joined(c, d, A)
+        weights = (a, c)
+        if JOIN == 4:
+            weights = (_joined(a, c, A),)
+    return weights
 
 
 @gluon.jit
@@ -139,92 +156,90 @@ def _scale(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.cons
 
 
 @gluon.jit
-def _x(shared, place, J: gl.constexpr):
-    """Slice J of a block of activations, ``[SLICE_K, BLOCK_M]``."""
+def _x(shared, place, J: gl.constexpr, JOIN: gl.constexpr):
+    """Activations of operand J of a block's weights, ``[JOIN * SLICE_K, BLOCK_M]``."""
     x_smem, _, _, _, _, _, _ = shared
-    SLICE_K: gl.constexpr = x_smem.shape[2] // 2
-    return x_smem.index(place * 2 + J // 2).slice(J % 2 * SLICE_K, SLICE_K, 1).permute((1, 0))
+    if JOIN == 4:
+        # The two boxes of a block lie as one of twice the columns would.
+        SHAPE: gl.constexpr = [x_smem.shape[0] // 2, x_smem.shape[1], 2 * x_smem.shape[2]]
+        x = as_shape(x_smem, SHAPE).index(place)
+    elif JOIN == 2:
+        x = x_smem.index(place * 2 + J)
+    else:
+        SLICE_K: gl.constexpr = x_smem.shape[2] // 2
+        x = x_smem.index(place * 2 + J // 2).slice(J % 2 * SLICE_K, SLICE_K, 1)
+    return x.permute((1, 0))
+
+
+@gluon.jit
+def _add(
+    sums, weights, shared, place, FIRST: gl.constexpr, COUNT: gl.constexpr, NEW: gl.constexpr,
+    JOIN: gl.constexpr,
+):  # fmt: skip
+    """``sums``, or zero if NEW, plus the products of COUNT operands from FIRST on, in flight."""
+    for i in gl.static_range(FIRST, FIRST + COUNT):
+        sums = warpgroup_mma(
+            weights[i],
+            _x(shared, place, i, JOIN),
+            sums,
+            use_acc=not NEW or i > FIRST,
+            is_async=True,
+        )
+    return sums
 
 
 @gluon.jit
 def add_scaled_weights(
     acc, shared, place, turn, phase, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
-    MMA: gl.constexpr,
+    MMA: gl.constexpr, JOIN: gl.constexpr,
 ):  # fmt: skip
     """``acc`` plus one block of K, with weights scaled and rounded to 16 bits.
 
     Consumers issue their products in ``turn`` (a barrier each), unless it is None.
     """
-    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, True)
+    weights = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, True, JOIN)
     if turn is not None:
         mbarrier.wait(turn.index(CONSUMER), phase)
-    acc = warpgroup_mma(a, _x(shared, place, 0), acc, is_async=True)
-    acc = warpgroup_mma(b, _x(shared, place, 1), acc, is_async=True)
-    acc = warpgroup_mma(c, _x(shared, place, 2), acc, is_async=True)
-    acc = warpgroup_mma(d, _x(shared, place, 3), acc, is_async=True)
+    acc = _add(acc, weights, shared, place, 0, 4 // JOIN, False, JOIN)
     if turn is not None:
         mbarrier.arrive(turn.index((CONSUMER + 1) % turn.shape[0]), count=1)
     # The wait names the weights: their registers must stay as they are while wgmma reads them.
-    acc, a, b, c, d = warpgroup_mma_wait(0, deps=[acc, a, b, c, d])
-    return acc
+    return warpgroup_mma_wait(0, deps=(acc,) + weights)[0]  # noqa: RUF005  no stars in Triton
 
 
 @gluon.jit
 def add_block(
     acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
-    MMA: gl.constexpr,
+    MMA: gl.constexpr, JOIN: gl.constexpr,
 ):  # fmt: skip
     """``acc`` plus one block of K, each group's partial sum times its scale."""
-    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, False)
-    s0 = _scale(shared, place * RUNS, CONSUMER, ROWS, MMA)
-    p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
-    if RUNS == 1:
-        p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
-        p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
-        p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
-        p, a, b, c, d = warpgroup_mma_wait(0, deps=[p, a, b, c, d])
-        acc += p * s0
-    elif RUNS == 2:
-        s1 = _scale(shared, place * 2 + 1, CONSUMER, ROWS, MMA)
-        p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
-        q = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
-        q = warpgroup_mma(d, _x(shared, place, 3), q, is_async=True)
-        p, q, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d])
-        acc += p * s0
-        acc += q * s1
-    else:
-        s1 = _scale(shared, place * 4 + 1, CONSUMER, ROWS, MMA)
-        s2 = _scale(shared, place * 4 + 2, CONSUMER, ROWS, MMA)
-        s3 = _scale(shared, place * 4 + 3, CONSUMER, ROWS, MMA)
-        q = warpgroup_mma(b, _x(shared, place, 1), zeros, use_acc=False, is_async=True)
-        r = warpgroup_mma(c, _x(shared, place, 2), zeros, use_acc=False, is_async=True)
-        t = warpgroup_mma(d, _x(shared, place, 3), zeros, use_acc=False, is_async=True)
-        p, q, r, t, a, b, c, d = warpgroup_mma_wait(0, deps=[p, q, r, t, a, b, c, d])
-        acc += p * s0
-        acc += q * s1
-        acc += r * s2
-        acc += t * s3
+    weights = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, False, JOIN)
+    COUNT: gl.constexpr = 4 // JOIN // RUNS
+    scales = ()
+    sums = ()
+    for i in gl.static_range(RUNS):
+        scales += (_scale(shared, place * RUNS + i, CONSUMER, ROWS, MMA),)
+    for i in gl.static_range(RUNS):
+        sums += (_add(zeros, weights, shared, place, i * COUNT, COUNT, True, JOIN),)
+    sums = warpgroup_mma_wait(0, deps=sums + weights)
+    for i in gl.static_range(RUNS):
+        acc += sums[i] * scales[i]
     return acc
 
 
 @gluon.jit
 def add_two_blocks(
-    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr
-):
+    acc, zeros, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr,
+    JOIN: gl.constexpr,
+):  # fmt: skip
     """``acc`` plus two blocks of K, one group each: the second is unpacked while the first runs."""
     s0 = _scale(shared, place, CONSUMER, ROWS, MMA)
     s1 = _scale(shared, place + 1, CONSUMER, ROWS, MMA)
-    a, b, c, d = _weights(shared, place, CONSUMER, ROWS, 1, MMA, False)
-    p = warpgroup_mma(a, _x(shared, place, 0), zeros, use_acc=False, is_async=True)
-    p = warpgroup_mma(b, _x(shared, place, 1), p, is_async=True)
-    p = warpgroup_mma(c, _x(shared, place, 2), p, is_async=True)
-    p = warpgroup_mma(d, _x(shared, place, 3), p, is_async=True)
-    e, f, g, h = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, False)
-    q = warpgroup_mma(e, _x(shared, place + 1, 0), zeros, use_acc=False, is_async=True)
-    q = warpgroup_mma(f, _x(shared, place + 1, 1), q, is_async=True)
-    q = warpgroup_mma(g, _x(shared, place + 1, 2), q, is_async=True)
-    q = warpgroup_mma(h, _x(shared, place + 1, 3), q, is_async=True)
-    p, q, a, b, c, d, e, f, g, h = warpgroup_mma_wait(0, deps=[p, q, a, b, c, d, e, f, g, h])
-    acc += p * s0
-    acc += q * s1
+    a = _weights(shared, place, CONSUMER, ROWS, 1, MMA, False, JOIN)
+    p = _add(zeros, a, shared, place, 0, 4 // JOIN, True, JOIN)
+    b = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, False, JOIN)
+    q = _add(zeros, b, shared, place + 1, 0, 4 // JOIN, True, JOIN)
+    sums = warpgroup_mma_wait(0, deps=(p, q) + a + b)  # noqa: RUF005
+    acc += sums[0] * s0
+    acc += sums[1] * s1
     return acc

@@ -90,6 +90,8 @@ _MEASURED = (
     _Measured(DecodeConfig(8, rows=3), 1.72, 0.54, 0.547, 0.520, 2, 2),
     _Measured(DecodeConfig(8, rows=4), 2.28, 0.32, 0.516, 0.521, 1, 1),
     _Measured(DecodeConfig(8, rows=4, row_warps=4), 2.68, 0.89, 0.381, 0.488, 1, 1),
+    _Measured(DecodeConfig(8, rows=4, row_warps=4, mix=2), 1.67, 1.67, 0.773, 0.362, 1, 0),
+    _Measured(DecodeConfig(8, rows=4, row_warps=8), 1.50, 1.50, 0.639, 0.358, 1, 1),
     _Measured(DecodeConfig(8, rows=4, warps=8), 2.38, 0.57, 0.331, 0.518, 1, 1),
     _Measured(_wide(8, 4, mix=2), 1.65, 0.30, 0.373, 0.727, 4, 4),
     _Measured(_wide(8, 7, row_warps=4), 1.77, 1.77, 0.451, 0.448, 4, 4),  # of few times

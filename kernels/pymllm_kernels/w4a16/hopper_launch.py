@@ -153,6 +153,7 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         "OUT_PARTS": config.out_parts,
         "SHARE": shared,
         "MEET": shared and config.meet,
+        "JOIN": min(config.joined, 4 // layer.form.runs),
         "TURNS": config.turns,
         "REGISTERS": CONSUMER_REGISTERS[config.consumers],
         "DEPENDENT": layer.act_order,
