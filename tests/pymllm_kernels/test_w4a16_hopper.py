@@ -121,12 +121,34 @@ def test_three_consumers_fill_the_gpu_where_two_and_four_do_not() -> None:
     assert grid is not None and grid.programs == 128
 
 
-def test_three_consumers_of_128_tokens_take_turns_where_tiles_are_whole() -> None:
-    found = [c for _, c in candidates(512, 6144, 4096, HopperForm(), 132, SHARED)]
-    assert all(c.turns == ((c.block_m, c.consumers, c.share) == (128, 3, 1)) for c in found)
-    assert any(c.turns for c in found)
-    sums = HopperConfig(block_m=64, consumers=4, slots=6, turns=True)
-    assert "scaled weights" in (why_invalid(sums, HopperForm(), SHARED) or "")
+def test_what_a_program_stores_alone_goes_by_tma_from_32_tokens_on() -> None:
+    for m, n in ((16, 4096), (64, 4096), (512, 6144)):
+        for _, c in candidates(m, n, 4096, HopperForm(), 132, SHARED):
+            assert (c.out_parts > 0) == (
+                c.block_m >= 128 or (c.block_m >= 32 and c.share in (1, STREAM_K))
+            )
+            assert c.block_m % max(c.out_parts, 1) == 0 and c.block_m // max(c.out_parts, 1) >= 8
+
+
+def test_slices_of_an_operand() -> None:
+    """As measured; groups that a block does not hold once have operands of their own."""
+    joined = {
+        (c.block_m, c.consumers): c.joined
+        for _, c in candidates(512, 6144, 4096, HopperForm(), 132, SHARED)
+    }
+    assert joined == {
+        (8, 2): 2, (8, 3): 2, (8, 4): 2, (16, 2): 2, (16, 3): 2, (16, 4): 2, (32, 2): 4, (32, 3): 4,
+        (32, 4): 4, (64, 2): 2, (64, 3): 4, (64, 4): 2, (128, 2): 1, (128, 3): 4, (256, 2): 2,
+    }  # fmt: skip
+    pytest.importorskip("triton")
+    import torch
+
+    from pymllm_kernels.w4a16.hopper_launch import HopperLayer, specialization
+
+    config = HopperConfig(block_m=32, consumers=2, slots=4)
+    for group, operands in ((128, 4), (64, 2), (32, 1)):
+        layer = HopperLayer(4096, 4096, 128, group, torch.bfloat16, torch.bfloat16, False, None)
+        assert specialization(layer, config).constexprs["JOIN"] == operands
 
 
 def test_what_registers_do_not_hold() -> None:

@@ -125,8 +125,10 @@ def w4a16_hopper_cases() -> Iterator[Specialization]:
         tiles = {(c.block_m, c.consumers): c for c in found}
         for tile in ((16, 4), (16, 3), (64, 4), (128, 2), (128, 3)):
             yield w4a16_hopper_case(variant, tiles[tile])
-        # Consumers take turns in whole tiles only.
-        yield w4a16_hopper_case(variant, next(c for c in found if c.turns))
+        # Stored by TMA where they are whole.
+        whole = {(c.block_m, c.consumers): c for c in found if c.share == 1}
+        for tile in ((64, 3), (128, 3)):
+            yield w4a16_hopper_case(variant, whole[tile])
 
 
 def _hopper_tiles(variant: W4A16Variant) -> list[HopperW4A16Config]:

@@ -122,14 +122,13 @@ def _consumer(
     JOIN: gl.constexpr,
 ):  # fmt: skip
     _, _, _, _, full, empty, out_smem = shared
-    problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps, turn = work
+    problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps = work
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
     tiles = tiles_m * tiles_n
     slot = 0
     phase = 0
-    turn_phase = 0
     own, segments = count_segments(whole, tiles, steps)
     zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, MMA)
     for i in range(segments):
@@ -139,16 +138,13 @@ def _consumer(
         for _step in range(first, last):
             mbarrier.wait(full.index(slot), phase)
             if SCALE_WEIGHTS:
-                acc = add_scaled_weights(
-                    acc, shared, slot, turn, turn_phase, CONSUMER, ROWS, RUNS, MMA, JOIN
-                )
+                acc = add_scaled_weights(acc, shared, slot, CONSUMER, ROWS, RUNS, MMA, JOIN)
             elif SPAN == 2:
                 acc = add_two_blocks(acc, zeros, shared, slot * 2, CONSUMER, ROWS, MMA, JOIN)
             else:
                 acc = add_block(acc, zeros, shared, slot, CONSUMER, ROWS, RUNS, MMA, JOIN)
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = next_slot(slot, phase, SLOTS)
-            turn_phase ^= 1
         if SHARE and last - first < steps:
             sharer, last_sharer = sharers(tile, whole, tiles, steps)
             is_last = leave_part(
@@ -210,7 +206,6 @@ def w4a16_gemm_hopper(
     SHARE: gl.constexpr,  # whether tiles may be shared
     MEET: gl.constexpr,  # whether sharers wait for each other, which needs a cooperative launch
     JOIN: gl.constexpr,  # slices of weights that are an operand of wgmma: 1, 2 or 4
-    TURNS: gl.constexpr,  # whether consumers take turns at the tensor cores, with SCALE_WEIGHTS only
     REGISTERS: gl.constexpr,  # of a consumer's thread
     DEPENDENT: gl.constexpr,  # whether it is launched while x is still being written
 ):  # fmt: skip
@@ -246,15 +241,7 @@ def w4a16_gemm_hopper(
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
-    if TURNS:
-        turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(CONSUMERS):
-            mbarrier.init(turn.index(i), count=1)
-    else:
-        turn: gl.constexpr = None
     fence_async_shared()
-    if TURNS:
-        mbarrier.arrive(turn.index(0), count=1)
     PARAMETER_BYTES: gl.constexpr = scale_desc.dtype.primitive_bitwidth // 8 + (
         0 if zero_desc is None else 1
     )
@@ -264,7 +251,7 @@ def w4a16_gemm_hopper(
     sources = (x_desc, weight_desc, scale_desc, zero_desc)
     shared = (x_smem, weight_smem, scale_smem, zero_smem, full, empty, out_smem)
     problem = (out_ptr, bias_ptr, stride_om, M, N)
-    work = (problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps, turn)
+    work = (problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,

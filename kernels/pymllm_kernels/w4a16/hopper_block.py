@@ -5,7 +5,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -190,19 +189,12 @@ def _add(
 
 @gluon.jit
 def add_scaled_weights(
-    acc, shared, place, turn, phase, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
+    acc, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
     MMA: gl.constexpr, JOIN: gl.constexpr,
 ):  # fmt: skip
-    """``acc`` plus one block of K, with weights scaled and rounded to 16 bits.
-
-    Consumers issue their products in ``turn`` (a barrier each), unless it is None.
-    """
+    """``acc`` plus one block of K, with weights scaled and rounded to 16 bits."""
     weights = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, True, JOIN)
-    if turn is not None:
-        mbarrier.wait(turn.index(CONSUMER), phase)
     acc = _add(acc, weights, shared, place, 0, 4 // JOIN, False, JOIN)
-    if turn is not None:
-        mbarrier.arrive(turn.index((CONSUMER + 1) % turn.shape[0]), count=1)
     # The wait names the weights: their registers must stay as they are while wgmma reads them.
     return warpgroup_mma_wait(0, deps=(acc,) + weights)[0]  # noqa: RUF005  no stars in Triton
 

@@ -154,7 +154,6 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         "SHARE": shared,
         "MEET": shared and config.meet,
         "JOIN": min(config.joined, 4 // layer.form.runs),
-        "TURNS": config.turns,
         "REGISTERS": CONSUMER_REGISTERS[config.consumers],
         "DEPENDENT": layer.act_order,
     }

@@ -29,8 +29,6 @@ class HopperConfig:
         slots: places in the ring of shared memory.
         span: blocks of K a slot, 1 or 2.
         scale_weights: whether the scale is on the weights, rounded to 16 bits, or on partial sums.
-        turns: whether consumers issue their products in turn, so that one multiplies while others
-            unpack: 4 to 6 % with three consumers of 128 tokens, a loss with two or four.
         meet: whether the programs that share a tile wait for each other and add up a piece each
             (a cooperative launch), or the last to come adds up alone.
         out_parts: pieces a tile is stored in by TMA; 0 for plain stores.
@@ -44,7 +42,6 @@ class HopperConfig:
     slots: int
     span: int = 1
     scale_weights: bool = False
-    turns: bool = False
     meet: bool = False
     out_parts: int = 0
     group_m: int = 8
@@ -57,10 +54,10 @@ class HopperConfig:
         """Slices of weights that are one operand of wgmma, where a block is one group.
 
         Warps of a consumer meet before every operand. Two slices an operand were 1 to 4 % faster up to
-        64 tokens, four another 1 to 3 % with 32 tokens, or with 64 and three consumers; with 128
-        tokens and two consumers two were 3 % slower and four 6 %.
+        64 tokens, four another 1 to 3 % with 32 tokens or three consumers; with 128 tokens and two
+        consumers two were 3 % slower and four 6 %.
         """
-        if self.block_m == 32 or (self.block_m, self.consumers) == (64, 3):
+        if self.block_m == 32 or (self.consumers == 3 and self.block_m >= 64):
             return 4
         return 1 if self.block_m == 128 else 2
 
@@ -211,7 +208,6 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
             consumers=3,
             slots=4,
             scale_weights=True,
-            turns=True,
             meet=True,
             out_parts=4,
         ),
@@ -254,8 +250,6 @@ def why_invalid(config: HopperConfig, form: HopperForm, shared_memory: int) -> s
         return f"{config} takes one group a block, found {form.runs}"
     if config.scale_weights and not form.same_dtype:
         return f"{config} takes scales in the activations' dtype"
-    if config.turns and not config.scale_weights:
-        return f"{config} takes turns with scaled weights only"
     registers = _registers(config, form)
     if registers > CONSUMER_REGISTERS[config.consumers]:
         return (
@@ -322,13 +316,13 @@ def candidates(
 def _shared_by(config: HopperConfig, share: int) -> HopperConfig:
     """The measured configuration as programs share its tiles.
 
-    Sharing was 1 % slower in turns. What a program stores alone it stores by TMA from 32 tokens on:
-    with plain stores 64 tokens took 0.7 us more, 3 to 5 % of a call, and 32 tokens 1 to 2 %.
+    What a program stores alone it stores by TMA from 32 tokens on: with plain stores 64 tokens took
+    0.7 us more, 3 to 5 % of a call, and 32 tokens 1 to 2 %.
     """
     out_parts = config.out_parts
     if not out_parts and config.block_m >= 32 and share in (1, STREAM_K):
         out_parts = 2
-    return replace(config, share=share, turns=config.turns and share == 1, out_parts=out_parts)
+    return replace(config, share=share, out_parts=out_parts)
 
 
 def _small_groups(config: HopperConfig, form: HopperForm) -> float:
