@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol
@@ -10,7 +11,7 @@ import torch
 
 from pymllm_kernels.common import cuda
 from pymllm_kernels.ops import BIAS_DTYPES, direct
-from pymllm_kernels.problem import BoundCall
+from pymllm_kernels.problem import BoundCall, LinearProblem
 from pymllm_kernels.tuning import state
 
 # One a shape, strides and alignment of x; a server that meets more starts anew.
@@ -109,3 +110,16 @@ class EagerCall:
         # A bound method: calling an object takes 0.1 us more.
         known = self._known[key] = _Known(launch.__call__, shape, strides)
         return known
+
+
+@functools.lru_cache(maxsize=4096)
+def eager_call(kernel: Any, problem: LinearProblem, index: int, kind: object = None) -> EagerCall:
+    """The call of a kernel that has ``find``: layers of one problem share what is known.
+
+    Args:
+        kernel: what multiplies.
+        problem: what it was chosen for.
+        index: number of the device that the layers are on.
+        kind: what else of a layer's weight its launches depend on.
+    """
+    return EagerCall(BoundCall(kernel, problem), functools.partial(kernel.find, problem), index)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from pymllm_kernels import ops
-from pymllm_kernels.common.eager import EagerCall, Prepared
+from pymllm_kernels.common.eager import Prepared, eager_call
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.packing import unpack_words
 from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
 from pymllm_kernels.common.workspace import reserve_counters
-from pymllm_kernels.problem import BoundCall, LinearCall, LinearKernel, LinearProblem, check_call
+from pymllm_kernels.problem import LinearCall, LinearKernel, LinearProblem, check_call
 from pymllm_kernels.tuning import Tunable
 from pymllm_kernels.w4a16 import api, reference
 from pymllm_kernels.w4a16.api import W4A16Weight
@@ -143,7 +142,7 @@ class HopperW4A16(TritonW4A16):
         return super().prepare(problem, words, scale, zero, g_idx)
 
     def bind(self, problem: LinearProblem, weight: W4A16Weight) -> LinearCall:
-        return _eager_call(self, problem, weight.weight.get_device()).__call__
+        return eager_call(self, problem, weight.weight.get_device()).__call__
 
     def find(
         self,
@@ -172,12 +171,6 @@ class HopperW4A16(TritonW4A16):
             x, weight.weight, weight.scale, weight.zero, weight.input_perm, bias,
             problem.group_size, problem.weight_bits,
         )  # fmt: skip
-
-
-# Layers of one problem share what is known.
-@functools.lru_cache(maxsize=4096)
-def _eager_call(kernel: HopperW4A16, problem: LinearProblem, index: int) -> EagerCall:
-    return EagerCall(BoundCall(kernel, problem), functools.partial(kernel.find, problem), index)
 
 
 class CpuInt4Pack(W4A16Kernel):

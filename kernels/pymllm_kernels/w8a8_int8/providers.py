@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from pymllm_kernels import ops
-from pymllm_kernels.common.eager import EagerCall, Prepared
+from pymllm_kernels.common.eager import Prepared, eager_call
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.support import why_not_gluon_hopper, why_not_triton
 from pymllm_kernels.per_token_quant_int8 import api as quant_api
 from pymllm_kernels.per_token_quant_int8 import reference as quant_reference
-from pymllm_kernels.problem import BoundCall, LinearCall, LinearKernel, LinearProblem, check_call
+from pymllm_kernels.problem import LinearCall, LinearKernel, LinearProblem, check_call
 from pymllm_kernels.w8a8_int8 import api, reference
 from pymllm_kernels.w8a8_int8.layout import W8A8Weight, column_sum
 from pymllm_kernels.w8a8_int8.tunable import HOPPER, TRITON
@@ -106,8 +105,8 @@ class HopperW8A8(W8A8Kernel):
         return super().prepare(problem, weight, scale, input_scale, input_zero)
 
     def bind(self, problem: LinearProblem, weight: W8A8Weight) -> LinearCall:
-        index = weight.weight.get_device()
-        return _eager_call(self, problem, index, weight.scale.numel() > 1).__call__
+        channel = weight.scale.numel() > 1
+        return eager_call(self, problem, weight.weight.get_device(), channel).__call__
 
     def find(
         self,
@@ -133,12 +132,6 @@ class HopperW8A8(W8A8Kernel):
             x, weight.weight, weight.scale, weight.column_sum, weight.input_scale,
             weight.input_zero, bias, problem.input_symmetric,
         )  # fmt: skip
-
-
-# Layers of one problem share what is known, if they have the same number of scales.
-@functools.lru_cache(maxsize=4096)
-def _eager_call(kernel: HopperW8A8, problem: LinearProblem, index: int, channel: bool) -> EagerCall:
-    return EagerCall(BoundCall(kernel, problem), functools.partial(kernel.find, problem), index)
 
 
 class TritonW8A8(W8A8Kernel):
