@@ -16,8 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 __all__ = [
     "GLUON_DTYPE",
-    "as_shape",
     "next_slot",
+    "reinterpreted",
     "split_columns",
     "sync_threads",
     "tile_layout",
@@ -58,12 +58,12 @@ def next_slot(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def as_shape(memory, SHAPE: gl.constexpr):
-    """Shared memory under another shape, which its layout must lay out alike."""
+def reinterpreted(memory, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The bytes of shared memory under another shape and layout."""
     if _REINTERPRET_IS_PUBLIC:
-        return memory.reinterpret(memory.dtype, SHAPE, memory.layout)
+        return memory.reinterpret(memory.dtype, SHAPE, LAYOUT)
     else:
-        return memory._reinterpret(memory.dtype, SHAPE, memory.layout)
+        return memory._reinterpret(memory.dtype, SHAPE, LAYOUT)
 
 
 @gluon.jit

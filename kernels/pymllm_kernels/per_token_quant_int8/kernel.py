@@ -42,13 +42,13 @@ def _load_row(row_ptr, k, K, stride_xk):
 
 
 @triton.jit
-def _size_bits(v):
+def size_bits(v):
     """The bits of ``abs(v)``, in the order of the values, with NaN above infinity."""
     return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _range_of(high, low, other_high, other_low):
+def range_of(high, low, other_high, other_low):
     """Largest and smallest value of two ranges, NaN once there was one: an instruction a value each."""
     high = tl.maximum(high, other_high, propagate_nan=tl.PropagateNan.ALL)
     return high, tl.minimum(low, other_low, propagate_nan=tl.PropagateNan.ALL)
@@ -81,15 +81,20 @@ def _times(v, factor, inverse):
 
 
 @triton.jit
-def _store_symmetric(out_ptr, v, k, K, factor, inverse, finite):
-    """``rint(v * factor * inverse)``, or 0 in a row with NaN or infinity.
+def rounded_codes(v):
+    """``rint(v)`` of values that fit.
 
     The low byte of the sum that rounds is the code: a third of the instructions of clamping and
     converting, which would take longer than the memory.
     """
+    return (v + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _store_symmetric(out_ptr, v, k, K, factor, inverse, finite):
+    """``rint(v * factor * inverse)``, or 0 in a row with NaN or infinity."""
     if finite:
-        code = ((v * factor) * inverse + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
-        tl.store(out_ptr + k, code, mask=k < K)
+        tl.store(out_ptr + k, rounded_codes((v * factor) * inverse), mask=k < K)
     else:
         tl.store(out_ptr + k, tl.zeros_like(k).to(tl.int8), mask=k < K)
 
@@ -112,10 +117,10 @@ def _quantize_symmetric(
 ):
     lanes = tl.arange(0, BLOCK_K)
     v = _load_row(row_ptr, lanes, K, stride_xk)
-    bits = _size_bits(v)
+    bits = size_bits(v)
     if not ONE_BLOCK:
         for k0 in range(BLOCK_K, K, BLOCK_K):
-            bits = tl.maximum(bits, _size_bits(_load_row(row_ptr, k0 + lanes, K, stride_xk)))
+            bits = tl.maximum(bits, size_bits(_load_row(row_ptr, k0 + lanes, K, stride_xk)))
     top = tl.max(bits, 0)
     size = top.to(tl.float32, bitcast=True)
     finite = top < _INFINITY_BITS
@@ -139,10 +144,16 @@ def _shifted(v, shift):
 
 
 @triton.jit
+def asymmetric_codes(v, factor, inverse, shift):
+    """``rint(v * factor * inverse) + shift`` of a finite row."""
+    return _shifted(_times(v, factor, inverse), shift)
+
+
+@triton.jit
 def _store_asymmetric(out_ptr, v, k, K, factor, inverse, shift, finite):
-    """``rint(v * factor * inverse) + shift``, or ``shift`` in a row with NaN or infinity."""
+    """:func:`asymmetric_codes`, or ``shift`` in a row with NaN or infinity."""
     if finite:
-        tl.store(out_ptr + k, _shifted(_times(v, factor, inverse), shift), mask=k < K)
+        tl.store(out_ptr + k, asymmetric_codes(v, factor, inverse, shift), mask=k < K)
     else:
         tl.store(out_ptr + k, (tl.zeros_like(k) + shift).to(tl.int8), mask=k < K)
 
@@ -158,9 +169,9 @@ def _quantize_asymmetric(
     if not ONE_BLOCK:
         for k0 in range(BLOCK_K, K, BLOCK_K):
             more = _load_row(row_ptr, k0 + lanes, K, stride_xk)
-            high, low = _range_of(high, low, more, more)
-    top, bottom = tl.reduce((high, low), 0, _range_of)
-    top, bottom = _range_of(top, bottom, 0.0, 0.0)
+            high, low = range_of(high, low, more, more)
+    top, bottom = tl.reduce((high, low), 0, range_of)
+    top, bottom = range_of(top, bottom, 0.0, 0.0)
     factor, inverse, scale, zero = zero_point_of(top, bottom)
     tl.store(scale_ptr, scale)
     shift = zero.to(tl.int32)
@@ -219,6 +230,28 @@ def _quotient(v, scale):
 
 
 @triton.jit
+def static_codes(v, scale, shift, FUSED: tl.constexpr):
+    """``clamp(rint(v / scale) + shift, -128, 127)``, NaN as 0.
+
+    FUSED: whether fused multiply-adds are: not in the interpreter.
+    """
+    v = tl.where(_is_nan(v), 0.0, v)
+    if FUSED and (scale > _LEAST_FUSED) & (scale < _MOST_FUSED):
+        # Up to where a quarter more than the last code begins: both ends round into the range.
+        v = tl.minimum(tl.maximum(v, (-128.25 - shift) * scale), (127.25 - shift) * scale)
+        code = (_quotient(v, scale) + _ROUND).to(tl.int32, bitcast=True) + (shift - _ROUND_BITS)
+        code = code.to(tl.int8)
+    else:
+        # A scale of 0 divides 0 as NaN.
+        v = tl.div_rn(v, scale)
+        v = tl.where(_is_nan(v), 0.0, v)
+        # Beyond what any zero point brings back into the range.
+        v = tl.minimum(tl.maximum(v, -256.0), 256.0)
+        code = _shifted(v, shift)
+    return code
+
+
+@triton.jit
 def static_quant_kernel(
     x_ptr,  # [M, K], any strides
     codes_ptr,  # int8 [M, K]
@@ -228,7 +261,7 @@ def static_quant_kernel(
     K, stride_xm, stride_xk, stride_cm, counters,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-    FUSED: tl.constexpr,  # whether fused multiply-adds are: not in the interpreter
+    FUSED: tl.constexpr,  # see static_codes
 ):  # fmt: skip
     _prepare_next_kernel(counters_ptr, counters, PDL)
     blocks = tl.cdiv(K, BLOCK_K)
@@ -239,16 +272,5 @@ def static_quant_kernel(
     if zero_ptr is not None:
         shift = tl.load(zero_ptr)
     v = _load_row(x_ptr + row * stride_xm, k, K, stride_xk)
-    v = tl.where(_is_nan(v), 0.0, v)
-    if FUSED and (scale > _LEAST_FUSED) & (scale < _MOST_FUSED):
-        # Up to where a quarter more than the last code begins: both ends round into the range.
-        v = tl.minimum(tl.maximum(v, (-128.25 - shift) * scale), (127.25 - shift) * scale)
-        code = (_quotient(v, scale) + _ROUND).to(tl.int32, bitcast=True) + (shift - _ROUND_BITS)
-        tl.store(codes_ptr + row * stride_cm + k, code.to(tl.int8), mask=k < K)
-    else:
-        # A scale of 0 divides 0 as NaN.
-        v = tl.div_rn(v, scale)
-        v = tl.where(_is_nan(v), 0.0, v)
-        # Beyond what any zero point brings back into the range.
-        v = tl.minimum(tl.maximum(v, -256.0), 256.0)
-        tl.store(codes_ptr + row * stride_cm + k, _shifted(v, shift), mask=k < K)
+    code = static_codes(v, scale, shift, FUSED)
+    tl.store(codes_ptr + row * stride_cm + k, code, mask=k < K)

@@ -242,8 +242,6 @@ def w8a8_decode_cases() -> Iterator[Specialization]:
             (torch.float16, True, False, torch.float16),
             (torch.bfloat16, True, True, torch.bfloat16),
         ):
-            if config.fused and (zero or static):
-                continue
             layer = HopperLayer(4096, 4096, dtype, static=static, zero=zero, bias=bias)
             yield specialization(layer, config)
 

@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pymllm_kernels.common.gluon_hopper import as_shape
+from pymllm_kernels.common.gluon_hopper import reinterpreted
 from pymllm_kernels.w4a16.kernel import or_magic_int4
 from pymllm_kernels.w4a16.unpack_int8 import less_128_over_128, less_zero_over_128, magic_int8
 
@@ -161,7 +161,8 @@ def _x(shared, place, J: gl.constexpr, JOIN: gl.constexpr):
     if JOIN == 4:
         # The two boxes of a block lie as one of twice the columns would.
         SHAPE: gl.constexpr = [x_smem.shape[0] // 2, x_smem.shape[1], 2 * x_smem.shape[2]]
-        x = as_shape(x_smem, SHAPE).index(place)
+        LAYOUT: gl.constexpr = x_smem.layout
+        x = reinterpreted(x_smem, SHAPE, LAYOUT).index(place)
     elif JOIN == 2:
         x = x_smem.index(place * 2 + J)
     else:

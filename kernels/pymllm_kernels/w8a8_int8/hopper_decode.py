@@ -7,10 +7,7 @@ without shared memory: the sum over K may run in any order, so a thread takes 16
 a row, and the same inputs of ``x``, for its part of ``mma.sync``. The next step's weights and inputs
 are fetched while this one's are multiplied.
 
-Activations are codes of a kernel before this one, whose start the first weights do not wait for. One
-token may be quantized here instead (``FUSED``): every program looks for its largest value while its
-first weights are on their way, and rounds each value again for every pass. That saves a launch, but for
-4 tokens costs 0.7 us more than it saves.
+Activations are codes of a kernel before this one, whose start the first weights do not wait for.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ from triton.language.extra.cuda import gdc_wait
 
 from pymllm_kernels.common.row_blocks import add_warps, next_step, stack
 from pymllm_kernels.common.stream_k import share_of
-from pymllm_kernels.w8a8_int8.decode_quant import quantization, quantize_four
 from pymllm_kernels.w8a8_int8.hopper_epilogue import scale_sum
 
 # 4 registers of a row block's upper 8 rows, 4 of its lower, 4 of x: two steps of 32 inputs.
@@ -75,16 +71,13 @@ def _load_unit(weight_ptr, block, row_block, g, c, N, K, last):
 
 
 @gluon.jit
-def _load_x(x_ptr, block, g, c, M, K, FUSED: gl.constexpr, TILES: gl.constexpr):
-    """Two halves of 128 inputs a warp for every tile of 8 tokens: codes, or (FUSED) values, by four."""
+def _load_x(x_ptr, block, g, c, M, K, TILES: gl.constexpr):
+    """Two halves of 128 codes a warp for every tile of 8 tokens, by four."""
     xs = ()
     for n in gl.static_range(TILES):
         token = gl.expand_dims(g + n * 8, 2)
         at = token * (K // 4) + (gl.expand_dims(block * 32, 2) + c)
-        if FUSED:
-            row = x_ptr.to(gl.pointer_type(gl.int64)) + at
-        else:
-            row = x_ptr.to(gl.pointer_type(gl.int32)) + at
+        row = x_ptr.to(gl.pointer_type(gl.int32)) + at
         for h in gl.static_range(2):
             inside = (token < M) & (gl.expand_dims(block * 8, 2) + (c // 4 + h * 4) < K // 16)
             xs += (gl.load(row + h * 16, mask=inside, other=0),)
@@ -92,18 +85,10 @@ def _load_x(x_ptr, block, g, c, M, K, FUSED: gl.constexpr, TILES: gl.constexpr):
 
 
 @gluon.jit
-def _quantized(xs, rounding, HALF: gl.constexpr):
-    codes = ()
-    for h in gl.static_range(2):
-        codes += (quantize_four(xs[h], rounding, HALF),)
-    return codes
-
-
-@gluon.jit
 def _finish(
     acc, zeros, parts, of_rows, of_tokens, out_ptr, first, last, M, N,
-    stride_xs: gl.constexpr, stride_ws: gl.constexpr, FUSED: gl.constexpr, PLACES: gl.constexpr,
-    TILES: gl.constexpr, WARPS: gl.constexpr,
+    stride_xs: gl.constexpr, stride_ws: gl.constexpr, PLACES: gl.constexpr, TILES: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """Adds up the warps' sums of the row blocks from ``first`` on, scales and stores them."""
     w_scale_ptr, column_sum_ptr, bias_ptr = of_rows
@@ -117,11 +102,11 @@ def _finish(
     mask = (place < len(acc) // TILES) & (block < last) & (row < N) & (token < M)
     # They arrive beside the sums.
     s_n = gl.load(w_scale_ptr + row * stride_ws, mask=mask, other=0.0)
-    s_m, zero = of_tokens
-    if not FUSED:
-        s_m = gl.load(s_m + token * stride_xs, mask=token < M, other=0.0)
-        if ZERO:
-            zero = gl.load(zero + token * stride_xs, mask=token < M, other=0)
+    x_scale_ptr, x_zero_ptr = of_tokens
+    s_m = gl.load(x_scale_ptr + token * stride_xs, mask=token < M, other=0.0)
+    zero = 0
+    if ZERO:
+        zero = gl.load(x_zero_ptr + token * stride_xs, mask=token < M, other=0)
     bias = 0.0
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + row, mask=mask, other=0.0).to(gl.float32)
@@ -136,9 +121,9 @@ def _finish(
 # Compiled once for all shapes and numbers of tokens.
 @gluon.jit(do_not_specialize=["M", "N", "K"])
 def w8a8_int8_decode_hopper(
-    x_ptr,  # int8 codes [M, K], contiguous, or (FUSED) activations [K] on 16 bytes
+    x_ptr,  # int8 codes [M, K], contiguous
     weight_ptr,  # int8 [N, K]
-    x_scale_ptr,  # fp32 [M] or [1] (stride_xs = 0), or None: found here
+    x_scale_ptr,  # fp32 [M] or [1] (stride_xs = 0)
     w_scale_ptr,  # fp32 [N] or [1] (stride_ws = 0)
     x_zero_ptr,  # int32, as x_scale, or None
     column_sum_ptr,  # int32 [N] of activations with a zero point, or None
@@ -146,7 +131,6 @@ def w8a8_int8_decode_hopper(
     out_ptr,  # [M, N], contiguous
     M, N, K,
     stride_xs: gl.constexpr, stride_ws: gl.constexpr,
-    FUSED: gl.constexpr,  # whether activations are quantized here, without zero points
     ROWS: gl.constexpr,  # row blocks of 16 features at once
     TILES: gl.constexpr,  # tiles of 8 tokens, 1 or 2
     PLACES: gl.constexpr,  # the power of two that holds ROWS * TILES
@@ -168,16 +152,8 @@ def w8a8_int8_decode_hopper(
     units = ()
     for r in gl.static_range(ROWS):
         units += _load_unit(weight_ptr, warp, first + r, g, c, N, K, last)
-    if FUSED:
-        HALF: gl.constexpr = x_ptr.dtype.element_ty
-        xs = _load_x(x_ptr, warp, g, c, M, K, FUSED, TILES)
-        rounding, s_m = quantization(x_ptr, K, zeros, HALF, WARPS)
-        codes = _quantized(xs, rounding, HALF)
-        of_tokens = (s_m, None)
-    else:
-        gdc_wait()
-        codes = _load_x(x_ptr, warp, g, c, M, K, FUSED, TILES)
-        of_tokens = (x_scale_ptr, x_zero_ptr)
+    gdc_wait()
+    codes = _load_x(x_ptr, warp, g, c, M, K, TILES)
     # Row block and step that are multiplied, and those that are fetched meanwhile.
     rb = first
     k = 0
@@ -185,7 +161,7 @@ def w8a8_int8_decode_hopper(
     acc = (zeros,) * (ROWS * TILES)
     for _ in range(gl.cdiv(last - first, ROWS) * steps):
         block = next_k * WARPS + warp
-        xs = _load_x(x_ptr, block, g, c, M, K, FUSED, TILES)
+        xs = _load_x(x_ptr, block, g, c, M, K, TILES)
         added = ()
         fetched = ()
         for r in gl.static_range(ROWS):
@@ -205,12 +181,11 @@ def w8a8_int8_decode_hopper(
         acc = added
         units = fetched
         codes = xs
-        if FUSED:
-            codes = _quantized(xs, rounding, HALF)
         if k == steps - 1:
             _finish(
-                acc, zeros, parts, (w_scale_ptr, column_sum_ptr, bias_ptr), of_tokens, out_ptr,
-                rb, last, M, N, stride_xs, stride_ws, FUSED, PLACES, TILES, WARPS,
+                acc, zeros, parts, (w_scale_ptr, column_sum_ptr, bias_ptr),
+                (x_scale_ptr, x_zero_ptr), out_ptr, rb, last, M, N, stride_xs, stride_ws, PLACES,
+                TILES, WARPS,
             )  # fmt: skip
             acc = (zeros,) * (ROWS * TILES)
         rb = next_rb

@@ -20,14 +20,14 @@ from pymllm_kernels.w8a8_int8.layout import W8A8Weight
 def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
     """The compiled form that runs a layer with a configuration; equal for many N, K and M."""
     optional = {
-        "x_scale_ptr": None if config.fused else "*fp32",
         "x_zero_ptr": "*i32" if layer.zero else None,
         "column_sum_ptr": "*i32" if layer.zero else None,
         "bias_ptr": None if layer.bias is None else pointer_type(layer.bias),
     }
     signature = {
-        "x_ptr": pointer_type(layer.act) if config.fused else "*i8",
+        "x_ptr": "*i8",
         "weight_ptr": "*i8",
+        "x_scale_ptr": "*fp32",
         "w_scale_ptr": "*fp32",
         "out_ptr": pointer_type(layer.act),
         **{name: kind for name, kind in optional.items() if kind is not None},
@@ -36,7 +36,6 @@ def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
     constants = {
         "stride_xs": int(not layer.static),
         "stride_ws": int(layer.channel),
-        "FUSED": config.fused,
         "ROWS": config.rows,
         "TILES": config.tiles,
         "PLACES": config.places,
@@ -51,9 +50,8 @@ def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
         num_warps=config.warps,
         # Scales, sums and bias may be views that start anywhere.
         divisible_by_16=("x_ptr", "weight_ptr", "out_ptr", "K"),
-        # A multiprocessor's registers over 16 warps. As in the quantization kernel, a fused
-        # multiply-add would move codes.
-        options={"maxnreg": 128, "enable_fp_fusion": False, "launch_pdl": not config.fused},
+        # A multiprocessor's registers over 16 warps.
+        options={"maxnreg": 128, "enable_fp_fusion": False, "launch_pdl": True},
     )
 
 
@@ -71,15 +69,9 @@ class PreparedDecode:
         """
         facts = device_facts(x.device)
         reason = why_invalid(config, m, facts.shared_memory)
-        if reason is None and config.fused and (layer.static or layer.zero):
-            reason = f"{config} quantizes symmetric dynamic activations"
         if reason is not None:
             raise ValueError(f"config: {reason}")
-        # Loads of 16 bytes.
-        self._copied = x.data_ptr() % 16 != 0 or strides[1] != 1
-        self._quantize = None
-        if not config.fused:
-            self._quantize = Quantization(layer, m, strides, x, early=True)
+        self._quantize = Quantization(layer, m, strides, x, early=True)
         sizes = (m, layer.n, layer.k)
         self._launch = _kernel(layer.compiled, config, x.device).bind(sizes=sizes)
         self._programs = config.programs(layer.n, facts.multiprocessors)
@@ -91,14 +83,8 @@ class PreparedDecode:
     ) -> None:  # fmt: skip
         """Launches on the current device."""
         codes_of_weight, w_scale, w_column_sum, input_scale, input_zero = weight
-        addresses: list[int]
-        if self._quantize is None:
-            if self._copied:
-                x = x.clone(memory_format=torch.contiguous_format)
-            addresses = [x.data_ptr(), codes_of_weight.data_ptr(), w_scale.data_ptr()]
-        else:
-            _memory, codes, scale, zero, _ = self._quantize(x, input_scale, input_zero, stream)
-            addresses = [codes, codes_of_weight.data_ptr(), scale, w_scale.data_ptr(), *zero]
+        _memory, codes, scale, zero, _ = self._quantize(x, input_scale, input_zero, stream)
+        addresses = [codes, codes_of_weight.data_ptr(), scale, w_scale.data_ptr(), *zero]
         if self._zero:
             assert w_column_sum is not None
             addresses.append(w_column_sum.data_ptr())
@@ -110,8 +96,7 @@ class PreparedDecode:
 
 def forms(layer: HopperLayer, config: DecodeConfig) -> list[Form]:
     """What a call of a layer with rows that are contiguous and on 16 elements needs compiled."""
-    kernel = Form(specialization, (layer.compiled, config))
-    return [kernel] if config.fused else [quantization_form(layer, early=True), kernel]
+    return [quantization_form(layer, early=True), Form(specialization, (layer.compiled, config))]
 
 
 @functools.cache

@@ -14,8 +14,7 @@ class DecodeConfig(RowBlockConfig):
     """One compiled form of the kernel.
 
     Attributes:
-        block_m: most tokens: 1, quantized in the kernel (symmetric, dynamic), or 8 or 16, quantized by
-            one before.
+        block_m: most tokens, 8 or 16.
         rows: row blocks of 16 output features that a program works on at once.
         warps: of a program, each with its own blocks of K.
     """
@@ -23,16 +22,6 @@ class DecodeConfig(RowBlockConfig):
     block_m: int
     rows: int
     warps: int = 16
-
-    @property
-    def fused(self) -> bool:
-        """Whether the kernel quantizes the activations."""
-        return self.block_m == 1
-
-    @property
-    def shared_memory(self) -> int:
-        """Bytes of a program, for adding up its warps, and 1 KB for the extremes of the token."""
-        return super().shared_memory + 1024
 
     def programs(self, n: int, multiprocessors: int) -> int:
         """Size of the grid: an even share of row blocks each."""
@@ -58,8 +47,6 @@ class _Measured(NamedTuple):
 
 
 _MEASURED = (
-    _Measured(DecodeConfig(1, rows=2), 2.76, 0.82, 0.191),
-    _Measured(DecodeConfig(1, rows=3), 2.9, 0.94, 0.207),
     _Measured(DecodeConfig(8, rows=1), 2.8, 0.74, 0.170),
     _Measured(DecodeConfig(8, rows=2), 2.9, 0.74, 0.210),
     _Measured(DecodeConfig(8, rows=3), 3.6, 0.80, 0.220),
@@ -81,14 +68,11 @@ def why_invalid(config: DecodeConfig, m: int, shared_memory: int) -> str | None:
 
 
 def candidates(
-    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, fused: bool
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
 ) -> Iterator[tuple[float, DecodeConfig]]:
-    """Every valid configuration for a shape, with its estimated microseconds.
-
-    ``fused``: whether the kernel can quantize the layer's activations.
-    """
+    """Every valid configuration for a shape, with its estimated microseconds."""
     for config, start, step, memory in _MEASURED:
-        if why_invalid(config, m, shared_memory) or (config.fused and not fused):
+        if why_invalid(config, m, shared_memory):
             continue
         if config.block_m == 16 and m <= 8:
             continue

@@ -1,4 +1,4 @@
-"""Launches of the Hopper int8 layer: the quantization of the activation, then the GEMM."""
+"""Launches of the Hopper int8 layer: the quantization of the activation, then the GEMM, or one for both."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from pymllm_kernels.common.gluon_hopper import tile_layout
 from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
 from pymllm_kernels.common.sharing import compiled_config
 from pymllm_kernels.common.specialization import Specialization, box_type, pointer_type
-from pymllm_kernels.device import device_facts
+from pymllm_kernels.device import DeviceFacts, device_facts
 from pymllm_kernels.tuning import resolve, state
-from pymllm_kernels.w8a8_int8 import hopper_decode_launch
+from pymllm_kernels.w8a8_int8 import hopper_decode_launch, hopper_fused_launch
 from pymllm_kernels.w8a8_int8.hopper import w8a8_int8_hopper_kernel
 from pymllm_kernels.w8a8_int8.hopper_codes import Quantization, quantization_form
 from pymllm_kernels.w8a8_int8.hopper_decode_launch import PreparedDecode
 from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
+from pymllm_kernels.w8a8_int8.hopper_fused_launch import PreparedFused
+from pymllm_kernels.w8a8_int8.hopper_fused_tuning import FusedConfig
 from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
-from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, Plan, plan_launch
+from pymllm_kernels.w8a8_int8.hopper_tuning import AnyConfig, HopperConfig, Plan, plan_launch
 from pymllm_kernels.w8a8_int8.layout import W8A8Weight
 from pymllm_kernels.w8a8_int8.tunable import HOPPER
 
@@ -107,12 +109,12 @@ def launch_linear(
     out: torch.Tensor | None = None,
     *,
     symmetric: bool,
-    config: HopperConfig | DecodeConfig | None = None,
+    config: AnyConfig | None = None,
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """Quantizes ``x [M, K]`` and fills and returns ``out [M, N]``, a new one if absent.
 
-    By two kernels, which overlap for few tokens, or one, for one token. On the current device, whose
+    By two kernels, which overlap for few tokens, or one. On the current device, whose
     current stream is used.
 
     Args:
@@ -143,7 +145,7 @@ def find(
     weight: W8A8Weight,
     bias: torch.Tensor | None,
     symmetric: bool,
-    config: HopperConfig | DecodeConfig | None = None,
+    config: AnyConfig | None = None,
     plan: Plan | None = None,
 ) -> Prepared:
     """What launches a layer for an ``x [M, K]``, M > 0, of these strides and this alignment."""
@@ -172,12 +174,14 @@ def find(
 
 def _prepare(
     layer: HopperLayer, m: int, strides: tuple[int, int], x: torch.Tensor,
-    config: HopperConfig | DecodeConfig | None, plan: Plan | None,
+    config: AnyConfig | None, plan: Plan | None,
 ) -> Prepared:  # fmt: skip
     if config is None:
         config = resolve(HOPPER, layer.tuning_key, m, device_facts(x.device)).config
     if isinstance(config, DecodeConfig):
         return PreparedDecode(layer, m, strides, x, config)
+    if isinstance(config, FusedConfig):
+        return PreparedFused(layer, m, strides, x, config)
     return _PreparedTiles(layer, m, strides, x, config, plan)
 
 
@@ -235,13 +239,13 @@ def _loaded(
     return gemm, weight
 
 
-def forms(
-    layer: HopperLayer, config: HopperConfig | DecodeConfig, m: int, multiprocessors: int
-) -> list[Form]:
+def forms(layer: HopperLayer, config: AnyConfig, m: int, facts: DeviceFacts) -> list[Form]:
     """What a call of a layer with ``m`` rows, each contiguous and on 16 elements, needs compiled."""
     if isinstance(config, DecodeConfig):
         return hopper_decode_launch.forms(layer, config)
-    plan = plan_launch(config, m, layer.n, layer.k, multiprocessors)
+    if isinstance(config, FusedConfig):
+        return hopper_fused_launch.forms(layer, config, facts.shared_memory)
+    plan = plan_launch(config, m, layer.n, layer.k, facts.multiprocessors)
     assert plan is not None
     gemm = (layer.compiled, compiled_config(config), plan.dependent)
     return [

@@ -1,6 +1,7 @@
 """Launch parameters of the Hopper int8 GEMM: what is valid, the plan of a launch, the choice.
 
-Up to 16 tokens the kernel of ``hopper_decode`` is an alternative to the tiles of this module.
+Up to 16 tokens the kernel of ``hopper_decode`` is an alternative to the tiles of this module, up to 8
+that of ``hopper_fused``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import NamedTuple
 
 from pymllm_kernels.common.launch import cheapest
 from pymllm_kernels.common.sharing import STREAM_K, share_tiles
-from pymllm_kernels.w8a8_int8 import hopper_decode_tuning
+from pymllm_kernels.w8a8_int8 import hopper_decode_tuning, hopper_fused_tuning
 from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
+from pymllm_kernels.w8a8_int8.hopper_fused_tuning import FusedConfig
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ class HopperConfig:
         ring = self.slots * (self.block_m + self.block_n) * self.block_k
         tokens, features = self.out_block
         return ring + self.consumers * self.store_slots * tokens * features * out_bytes + 1024
+
+
+AnyConfig = HopperConfig | DecodeConfig | FusedConfig
 
 
 class Plan(NamedTuple):
@@ -255,32 +260,26 @@ def _end(config: HopperConfig, m: int) -> float:
 
 
 def all_candidates(
-    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, fused: bool = True
-) -> Iterator[tuple[float, HopperConfig | DecodeConfig]]:
-    """Every valid configuration of both kernels, with its estimated microseconds.
-
-    ``fused``: whether a kernel can quantize the layer's activations itself: symmetric, dynamic ones.
-    """
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
+) -> Iterator[tuple[float, AnyConfig]]:
+    """Every valid configuration of all three kernels, with its estimated microseconds."""
     yield from candidates(m, n, k, multiprocessors, shared_memory)
-    yield from hopper_decode_tuning.candidates(m, n, k, multiprocessors, shared_memory, fused)
+    yield from hopper_decode_tuning.candidates(m, n, k, multiprocessors, shared_memory)
+    yield from hopper_fused_tuning.candidates(m, n, k, multiprocessors, shared_memory)
 
 
-def choose_config(
-    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, fused: bool = True
-) -> HopperConfig | DecodeConfig:
+def choose_config(m: int, n: int, k: int, multiprocessors: int, shared_memory: int) -> AnyConfig:
     """The configuration with the least estimated time.
 
     Raises:
         ValueError: none is valid.
     """
-    # Tiles have 8 tokens or more: numbers in between have the tiles of the next multiple.
-    rounded = 1 if m == 1 else -(-m // 8) * 8
-    return _choose_config(rounded, n, k, multiprocessors, shared_memory, fused)
+    # Tiles have 1, 2, 4, 8 tokens or more: numbers in between have the tiles of the next.
+    rounded = 1 << (m - 1).bit_length() if m <= 8 else -(-m // 8) * 8
+    return _choose_config(rounded, n, k, multiprocessors, shared_memory)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose_config(
-    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, fused: bool
-) -> HopperConfig | DecodeConfig:
-    found = all_candidates(m, n, k, multiprocessors, shared_memory, fused)
+def _choose_config(m: int, n: int, k: int, multiprocessors: int, shared_memory: int) -> AnyConfig:
+    found = all_candidates(m, n, k, multiprocessors, shared_memory)
     return cheapest(found, "the int8 kernels for Hopper", shared_memory)

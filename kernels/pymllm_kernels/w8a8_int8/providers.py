@@ -88,7 +88,7 @@ class HopperW8A8(W8A8Kernel):
             not problem.input_symmetric, bias,
         )  # fmt: skip
         config = config or self.configured(problem, m)
-        return hopper_launch.forms(layer, config, m, problem.device.multiprocessors)
+        return hopper_launch.forms(layer, config, m, problem.device)
 
     def prepare(
         self,

@@ -17,8 +17,14 @@ from pymllm_kernels.device import DeviceFacts
 from pymllm_kernels.problem import CHANNEL, LinearProblem
 from pymllm_kernels.tuning.keys import TuningKey, dtype_name
 from pymllm_kernels.tuning.tunable import Config, Tunable
-from pymllm_kernels.w8a8_int8 import hopper_decode_tuning, hopper_tuning, tuning
+from pymllm_kernels.w8a8_int8 import (
+    hopper_decode_tuning,
+    hopper_fused_tuning,
+    hopper_tuning,
+    tuning,
+)
 from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
+from pymllm_kernels.w8a8_int8.hopper_fused_tuning import FusedConfig
 from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, plan_launch
 
 
@@ -26,10 +32,13 @@ class HopperTunable(Tunable):
     """``gluon_hopper_w8a8_int8``: the quantization and the GEMM, timed together."""
 
     operation = "gluon_hopper_w8a8_int8"
-    kernels: ClassVar = {"tiles": HopperConfig, "decode": DecodeConfig}
+    kernels: ClassVar = {
+        "tiles": HopperConfig, "decode": DecodeConfig, "fused": FusedConfig,
+    }  # fmt: skip
     sources = (
         "pymllm_kernels.w8a8_int8.hopper_decode:w8a8_int8_decode_hopper",
         "pymllm_kernels.w8a8_int8.hopper:w8a8_int8_hopper_kernel",
+        "pymllm_kernels.w8a8_int8.hopper_fused:w8a8_int8_fused_hopper",
         "pymllm_kernels.per_token_quant_int8.kernel:per_token_quant_kernel",
         "pymllm_kernels.per_token_quant_int8.kernel:static_quant_kernel",
     )
@@ -47,27 +56,27 @@ class HopperTunable(Tunable):
 
     def rule(self, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
         return hopper_tuning.choose_config(
-            m, key.n, key.k, facts.multiprocessors, facts.shared_memory, not key.variant
+            m, key.n, key.k, facts.multiprocessors, facts.shared_memory
         )
 
     def candidates(self, key: TuningKey, m: int, facts: DeviceFacts) -> Sequence[Config]:
         found = hopper_tuning.all_candidates(
-            m, key.n, key.k, facts.multiprocessors, facts.shared_memory, not key.variant
+            m, key.n, key.k, facts.multiprocessors, facts.shared_memory
         )
         return [config for _, config in sorted(found, key=lambda item: item[0])]
 
     def why_invalid(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> str | None:
         if isinstance(config, DecodeConfig):
-            if config.fused and key.variant:
-                return f"{config} quantizes symmetric dynamic activations, found {key.variant}"
             return hopper_decode_tuning.why_invalid(config, m, facts.shared_memory)
+        if isinstance(config, FusedConfig):
+            return hopper_fused_tuning.why_invalid(config, m, key.k, facts.shared_memory)
         reason = hopper_tuning.why_invalid(config, facts.shared_memory)
         if reason is None and not _planned(config, key, m, facts):
             return f"{config} cannot share the tiles of [{m}, {key.k}] x {key.n}"
         return reason
 
     def adapt(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
-        if isinstance(config, DecodeConfig):
+        if not isinstance(config, HopperConfig):
             return config
         # Whole rounds of tiles leave stream-K nothing to share.
         if config.share == STREAM_K and not _planned(config, key, m, facts):

@@ -1,4 +1,4 @@
-"""The int8 kernel for few tokens on a GPU of capability 9.0."""
+"""The int8 kernels for few tokens on a GPU of capability 9.0."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import itertools
 import pytest
 import torch
 
+from pymllm_kernels import device_facts
 from pymllm_kernels.testing.int8_layer import Int8Layer, int8_inputs, make_int8_layer
-from pymllm_kernels.w8a8_int8.hopper_decode_tuning import CONFIGS, DecodeConfig
+from pymllm_kernels.w8a8_int8 import hopper_decode_tuning, hopper_fused_tuning
+from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
+from pymllm_kernels.w8a8_int8.hopper_fused_tuning import FusedConfig
+from pymllm_kernels.w8a8_int8.tunable import HOPPER
 
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 if not hopper:
@@ -17,9 +21,11 @@ if not hopper:
 from pymllm_kernels.w8a8_int8.hopper_launch import launch_linear
 
 BF16, FP16 = torch.bfloat16, torch.float16
+CONFIGS = (*hopper_decode_tuning.CONFIGS, *hopper_fused_tuning.CONFIGS)
+Config = DecodeConfig | FusedConfig
 
 
-def run(layer: Int8Layer, x: torch.Tensor, config: DecodeConfig) -> torch.Tensor:
+def run(layer: Int8Layer, x: torch.Tensor, config: Config) -> torch.Tensor:
     """The result in memory that was NaN, with NaN beside it that must stay."""
     m, n = x.shape[0], layer.problem.n
     memory = torch.full((m * n + 4096,), float("nan"), dtype=x.dtype, device=x.device)
@@ -33,9 +39,9 @@ def run(layer: Int8Layer, x: torch.Tensor, config: DecodeConfig) -> torch.Tensor
     return out
 
 
-def takes(config: DecodeConfig, layer: Int8Layer) -> bool:
-    problem = layer.problem
-    return not config.fused or (problem.input_symmetric and problem.input_strategy == "token")
+def takes(config: Config, layer: Int8Layer, m: int = 1) -> bool:
+    key = HOPPER.key_of(layer.problem)
+    return HOPPER.why_invalid(config, key, m, device_facts("cuda")) is None
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -51,7 +57,7 @@ def test_every_configuration(symmetric: bool, static: bool, dtype: torch.dtype) 
             x = int8_inputs(m, k, dtype)
             exact = layer.exact(x)
             for config in CONFIGS:
-                if takes(config, layer) and m <= config.block_m:
+                if takes(config, layer, m):
                     assert torch.equal(run(layer, x, config), exact), (m, config)
 
 
@@ -59,10 +65,12 @@ def test_every_configuration(symmetric: bool, static: bool, dtype: torch.dtype) 
 @pytest.mark.parametrize(
     ("n", "k"), [(8, 16), (16, 4096), (4096, 4096), (10240, 2048), (57344, 1024), (2112, 28672)]
 )
-def test_shares_of_row_blocks(n: int, k: int, config: DecodeConfig) -> None:
-    """Half a row block, one, several passes, and programs with one row block more than others."""
+def test_shares_of_rows(n: int, k: int, config: Config) -> None:
+    """Half a row block, one, several passes or tiles, and programs with one more than others."""
     layer = make_int8_layer(n, k)
     for m in {1, config.block_m}:
+        if not takes(config, layer, m):
+            continue
         x = int8_inputs(m, k)
         assert torch.equal(run(layer, x, config), layer.exact(x))
 
@@ -97,25 +105,25 @@ def test_extreme_rows(symmetric: bool, dtype: torch.dtype) -> None:
     for config in CONFIGS:
         if not takes(config, layer):
             continue
-        for row in range(8):
-            assert torch.equal(run(layer, x[row : row + 1], config), exact[row : row + 1]), row
-        if config.block_m >= 8:
-            assert torch.equal(run(layer, x, config), exact), config
+        for row in range(0, 8, min(config.block_m, 8)):
+            rows = slice(row, row + config.block_m)
+            assert torch.equal(run(layer, x[rows], config), exact[rows]), (config, row)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite(bad: float, symmetric: bool) -> None:
     layer = make_int8_layer(264, 1040, symmetric=symmetric, bias=True)
-    x = int8_inputs(1, 1040)
-    x[0, 500] = bad
     for config in CONFIGS:
         if takes(config, layer):
-            assert run(layer, x, config).isnan().all()
+            x = int8_inputs(config.block_m, 1040)
+            x[-1, 500] = bad
+            out = run(layer, x, config)
+            assert out[-1].isnan().all() and out[:-1].isfinite().all(), config
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_ten_thousand_launches_give_the_same_bits(config: DecodeConfig) -> None:
+def test_ten_thousand_launches_give_the_same_bits(config: Config) -> None:
     layer = make_int8_layer(4096, 4096)
     w = layer.weight
     x = int8_inputs(config.block_m, 4096)

@@ -1,0 +1,333 @@
+"""The int8 layer for up to 8 tokens on Hopper in one launch: every program quantizes all tokens itself.
+
+A kernel for the quantization costs a launch, 0.8 us of calls of 7 to 30, and as much again until
+weights are asked for. Here a program asks for the tokens, then for the first steps of its weights, and
+quantizes while they are on their way. Codes of all of K stay in shared memory, as the operand of wgmma
+that has 8 rows; weights are the other one and come through a ring, filled by one warp.
+
+Tokens are read by every program: more of them take longer than a launch.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from pymllm_kernels.common.gluon_hopper import next_slot, reinterpreted, tma_load
+from pymllm_kernels.per_token_quant_int8.kernel import (
+    asymmetric_codes,
+    inverse_of,
+    range_of,
+    rounded_codes,
+    size_bits,
+    static_codes,
+    zero_point_of,
+)
+from pymllm_kernels.w8a8_int8.hopper_epilogue import epilogue
+
+# Values of a token that are loaded, reduced and stored as one tensor.
+CHUNK = gl.constexpr(2048)
+# Tokens are the 8 columns of wgmma; bytes that a row of a swizzled tile has.
+_TOKENS = gl.constexpr(8)
+_ROW = gl.constexpr(128)
+# Steps whose weights are asked for before the warps part, which takes 0.6 us: enough to keep the memory
+# busy until the loading warp runs. 2 to 20 were equal.
+_EARLY = gl.constexpr(4)
+_INFINITY_BITS = gl.constexpr(0x7F800000)
+
+
+@gluon.jit
+def _load_token(
+    x_ptr, token: gl.constexpr, M, K, stride_xm, stride_xk,
+    CHUNKS: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """A token in chunks ``[CHUNK / 128, 128]``, zeros beyond K and M.
+
+    In the order of shared memory: in row ``r`` of a swizzled tile piece ``i`` of 16 codes lies in
+    place ``i ^ r``.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    row = gl.arange(0, CHUNK // _ROW, layout=gl.SliceLayout(1, layout))
+    place = gl.arange(0, _ROW, layout=gl.SliceLayout(0, layout)) ^ (16 * token)
+    chunks = ()
+    for i in gl.static_range(CHUNKS):
+        k = (row * _ROW + i * CHUNK)[:, None] + place[None, :]
+        inside = (k < K) & (token < M)
+        at = token * stride_xm + k * stride_xk
+        if EVEN:
+            # Loads of 16 bytes: Triton does not see through the exclusive or.
+            at = gl.max_contiguous(gl.multiple_of(at, [1, 8]), [1, 8])
+            inside = gl.max_constancy(inside, [1, 8])
+        chunks += (gl.load(x_ptr + at, mask=inside, other=0.0),)
+    return chunks
+
+
+@gluon.jit
+def _largest_size(chunks):
+    """The fp32 bits of the largest size of a token."""
+    bits = size_bits(chunks[0].to(gl.float32))
+    for i in gl.static_range(1, len(chunks)):
+        bits = gl.maximum(bits, size_bits(chunks[i].to(gl.float32)))
+    return gl.max(gl.reshape(bits, [CHUNK]), 0)
+
+
+@gluon.jit
+def _extremes(chunks):
+    """The largest and the smallest value of a token and 0, NaN if there is one."""
+    high = chunks[0].to(gl.float32)
+    low = high
+    for i in gl.static_range(1, len(chunks)):
+        more = chunks[i].to(gl.float32)
+        high, low = range_of(high, low, more, more)
+    high, low = gl.reduce((gl.reshape(high, [CHUNK]), gl.reshape(low, [CHUNK])), 0, range_of)
+    return range_of(high, low, 0.0, 0.0)
+
+
+@gluon.jit
+def _quantize(
+    chunks, rows_of_codes, token: gl.constexpr, x_scale_ptr, x_zero_ptr, ZERO: gl.constexpr
+):
+    """Writes the codes of a token to shared memory; its scale and zero point."""
+    AT: gl.constexpr = _ROW * token
+    shift = 0
+    if x_scale_ptr is not None:
+        scale = gl.load(x_scale_ptr)
+        if ZERO:
+            shift = gl.load(x_zero_ptr)
+        for i in gl.static_range(len(chunks)):
+            codes = static_codes(chunks[i].to(gl.float32), scale, shift, True)
+            rows_of_codes.index(i).slice(AT, _ROW, 1).store(codes)
+    elif ZERO:
+        high, low = _extremes(chunks)
+        factor, inverse, scale, zero = zero_point_of(high, low)
+        shift = zero.to(gl.int32)
+        finite = high - low < float("inf")
+        for i in gl.static_range(len(chunks)):
+            codes = asymmetric_codes(chunks[i].to(gl.float32), factor, inverse, shift)
+            rows_of_codes.index(i).slice(AT, _ROW, 1).store(
+                gl.where(finite, codes, shift.to(gl.int8))
+            )
+    else:
+        top = _largest_size(chunks)
+        size = top.to(gl.float32, bitcast=True)
+        factor, inverse = inverse_of(size, 127.0)
+        scale = gl.div_rn(size, 127.0)
+        if (factor == 1.0) & (top < _INFINITY_BITS):
+            # Nearly every token: a product and a selection a value less.
+            for i in gl.static_range(len(chunks)):
+                codes = rounded_codes(chunks[i].to(gl.float32) * inverse)
+                rows_of_codes.index(i).slice(AT, _ROW, 1).store(codes)
+        else:
+            for i in gl.static_range(len(chunks)):
+                codes = rounded_codes((chunks[i].to(gl.float32) * factor) * inverse)
+                codes = gl.where(top < _INFINITY_BITS, codes, 0)
+                rows_of_codes.index(i).slice(AT, _ROW, 1).store(codes)
+    return scale, shift
+
+
+@gluon.jit
+def _quantize_all(
+    tokens, rows_of_codes, scales, zeros, x_scale_ptr, x_zero_ptr, ZERO: gl.constexpr
+):
+    """Writes codes, scales and zero points of all tokens to shared memory; one warpgroup."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    index = gl.arange(0, _TOKENS, layout=layout)
+    all_scales = gl.zeros([_TOKENS], gl.float32, layout)
+    all_zeros = gl.zeros([_TOKENS], gl.int32, layout)
+    for r in gl.static_range(len(tokens)):
+        scale, zero = _quantize(tokens[r], rows_of_codes, r, x_scale_ptr, x_zero_ptr, ZERO)
+        all_scales = gl.where(index == r, scale, all_scales)
+        if ZERO:
+            all_zeros = gl.where(index == r, zero, all_zeros)
+    scales.store(all_scales)
+    if ZERO:
+        zeros.store(all_zeros)
+    # The matrix instructions read codes through another way than stores take.
+    fence_async_shared()
+
+
+@gluon.jit
+def _load_early(weight_desc, slots, full, steps, EARLY: gl.constexpr):
+    """Asks for the first weights of the first tile."""
+    BLOCK_N: gl.constexpr = weight_desc.block_shape[0]
+    BLOCK_K: gl.constexpr = weight_desc.block_shape[1]
+    for i in gl.static_range(EARLY):
+        there = i < steps
+        mbarrier.expect(full.index(i), BLOCK_N * BLOCK_K, pred=there)
+        place = slots.index(i).slice(0, BLOCK_N)
+        at = [gl.program_id(0) * BLOCK_N, i * BLOCK_K]
+        tma_load(weight_desc, at, full.index(i), place, pred=there)
+
+
+@gluon.jit
+def _load_weights(
+    weight_desc, slots, full, empty, tiles, steps, SLOTS: gl.constexpr, EARLY: gl.constexpr
+):
+    """Keeps the ring full; one warp."""
+    BLOCK_N: gl.constexpr = weight_desc.block_shape[0]
+    BLOCK_K: gl.constexpr = weight_desc.block_shape[1]
+    loaded = gl.minimum(steps, EARLY)
+    slot = gl.where(loaded == SLOTS, 0, loaded)
+    # The ring starts empty: a wait for the phase before the first passes.
+    phase = gl.where(loaded == SLOTS, 0, 1)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        first = gl.where(tile == gl.program_id(0), loaded, 0)
+        for step in range(first, steps):
+            mbarrier.wait(empty.index(slot), phase)
+            mbarrier.expect(full.index(slot), BLOCK_N * BLOCK_K)
+            # Fewer features than a matrix instruction has rows fill the first of its slot.
+            place = slots.index(slot).slice(0, BLOCK_N)
+            tma_load(weight_desc, [tile * BLOCK_N, step * BLOCK_K], full.index(slot), place)
+            slot, phase = next_slot(slot, phase, SLOTS)
+
+
+@gluon.jit
+def _load_factors(features, there, w_scale_ptr, column_sum_ptr, bias_ptr, stride_ws):
+    """(scale, column sum, bias) of features; what is absent is 0."""
+    column_sum = 0
+    bias = 0.0
+    s_n = gl.load(w_scale_ptr + features * stride_ws, mask=there, other=0.0)
+    if column_sum_ptr is not None:
+        column_sum = gl.load(column_sum_ptr + features, mask=there, other=0)
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + features, mask=there, other=0.0)
+    return s_n, column_sum, bias
+
+
+@gluon.jit
+def _multiply(
+    tokens, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
+    M, N, tiles, steps, stride_ws,
+    INDEX: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Multiplies the ring's weights by the codes and writes the outputs; one warpgroup.
+
+    The first one quantizes the tokens before. Two share each tile by features.
+    """
+    x_scale_ptr, x_zero_ptr, w_scale_ptr, column_sum_ptr, bias_ptr, out_ptr = pointers
+    ZERO: gl.constexpr = column_sum_ptr is not None
+    ROWS: gl.constexpr = slots.shape[1] // CONSUMERS
+    FEATURES: gl.constexpr = BLOCK_N // CONSUMERS
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TOKENS, 32])
+    OF_TOKENS: gl.constexpr = gl.SliceLayout(0, layout)
+    if INDEX == 0:
+        _quantize_all(tokens, rows_of_codes, scales, zeros, x_scale_ptr, x_zero_ptr, ZERO)
+        if CONSUMERS > 1:
+            mbarrier.arrive(ready, count=1)
+    else:
+        mbarrier.wait(ready, 0)
+    s_m = scales.load(OF_TOKENS)
+    zero = 0
+    if ZERO:
+        zero = zeros.load(OF_TOKENS)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    token = gl.arange(0, _TOKENS, layout=OF_TOKENS)
+    nothing = gl.zeros((ROWS, _TOKENS), gl.int32, layout)
+    slot = 0
+    phase = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        # Not ``slot``: a variable that enters the loop as the value its body assigns is not carried.
+        previous = 0
+        feature = tile * BLOCK_N + INDEX * FEATURES + row
+        there = (row < FEATURES) & (feature < N)
+        # They arrive beside the multiplications.
+        s_n, column_sum, bias = _load_factors(
+            feature, there, w_scale_ptr, column_sum_ptr, bias_ptr, stride_ws
+        )
+        acc = nothing
+        for step in range(steps):
+            mbarrier.wait(full.index(slot), phase)
+            a = slots.index(slot).slice(INDEX * ROWS, ROWS)
+            acc = warpgroup_mma(a, codes.index(step).permute((1, 0)), acc, is_async=True)
+            # The step before this one is done: its slot may be filled again.
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index(previous), count=1, pred=step > 0)
+            previous = slot
+            slot, phase = next_slot(slot, phase, SLOTS)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(previous), count=1)
+        out = epilogue(
+            acc, s_m, s_n, zero, column_sum, bias, ZERO, bias_ptr is not None, True,
+            out_ptr.dtype.element_ty,
+        )  # fmt: skip
+        at = (token * N)[None, :] + feature[:, None]
+        gl.store(out_ptr + at, out, mask=(token < M)[None, :] & there[:, None])
+
+
+# Compiled once for all N, and for all K of as many chunks.
+@gluon.jit(do_not_specialize=["M"])
+def w8a8_int8_fused_hopper(
+    x_ptr,  # [M, K], any strides
+    weight_desc,  # int8 [N, K], boxes [features of a tile, K of a step]
+    x_scale_ptr,  # fp32 [1], or None: found here
+    x_zero_ptr,  # int32 [1] of a given scale, or None
+    w_scale_ptr,  # fp32 [N] or [1] (stride_ws = 0)
+    column_sum_ptr,  # int32 [N] of activations with a zero point, or None
+    bias_ptr,  # [N] or None
+    out_ptr,  # [M, N], contiguous
+    M, stride_xm, stride_xk,
+    stride_ws: gl.constexpr,
+    TOKENS: gl.constexpr,  # most tokens: 1, 2, 4 or 8
+    CHUNKS: gl.constexpr,  # of K
+    EVEN: gl.constexpr,  # whether values of a token are neighbours, on 16 bytes
+    CONSUMERS: gl.constexpr,  # 1 or 2
+    SLOTS: gl.constexpr,  # steps that the ring holds
+    REGISTERS: gl.constexpr,  # of a thread of the second consumer
+):  # fmt: skip
+    BLOCK_N: gl.constexpr = weight_desc.block_shape[0]
+    BLOCK_K: gl.constexpr = weight_desc.block_shape[1]
+    EARLY: gl.constexpr = min(_EARLY, SLOTS)
+    N = weight_desc.shape[0]
+    K = weight_desc.shape[1]
+    tiles = gl.cdiv(N, BLOCK_N)
+    steps = gl.cdiv(K, BLOCK_K)
+    # Before weights: behind them they would wait for the memory.
+    tokens = ()
+    for r in gl.static_range(TOKENS):
+        tokens += (_load_token(x_ptr, r, M, K, stride_xm, stride_xk, CHUNKS, EVEN),)
+    codes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_TOKENS, BLOCK_K], gl.int8)
+    codes = gl.allocate_shared_memory(
+        gl.int8, [CHUNKS * CHUNK // BLOCK_K, _TOKENS, BLOCK_K], codes_layout
+    )
+    # As the tokens are written: 8 swizzled rows of 128 bytes each.
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    rows_of_codes = reinterpreted(codes, [CHUNKS, CHUNK // _ROW, _TOKENS * _ROW], plain)
+    slots = gl.allocate_shared_memory(
+        gl.int8, [SLOTS, max(BLOCK_N, 64), BLOCK_K], weight_desc.layout
+    )
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    scales = gl.allocate_shared_memory(gl.float32, [_TOKENS], flat)
+    zeros = gl.allocate_shared_memory(gl.int32, [_TOKENS], flat)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    mbarrier.init(ready, count=1)
+    fence_async_shared()
+    _load_early(weight_desc, slots, full, steps, EARLY)
+    pointers = (x_scale_ptr, x_zero_ptr, w_scale_ptr, column_sum_ptr, bias_ptr, out_ptr)
+    if CONSUMERS == 1:
+        gl.warp_specialize([
+            (_multiply, (
+            tokens, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
+            M, N, tiles, steps, stride_ws, 0, CONSUMERS, BLOCK_N, SLOTS)),
+            (_load_weights, (weight_desc, slots, full, empty, tiles, steps, SLOTS, EARLY)),
+        ], [1], [24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_multiply, (
+            tokens, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
+            M, N, tiles, steps, stride_ws, 0, CONSUMERS, BLOCK_N, SLOTS)),
+            (_multiply, (
+            None, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
+            M, N, tiles, steps, stride_ws, 1, CONSUMERS, BLOCK_N, SLOTS)),
+            (_load_weights, (weight_desc, slots, full, empty, tiles, steps, SLOTS, EARLY)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
