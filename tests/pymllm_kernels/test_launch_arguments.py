@@ -20,6 +20,7 @@ from pymllm_kernels.w4a16.hopper_tuning import HopperConfig
 from pymllm_kernels.w4a16.tunable import HOPPER as W4A16
 from pymllm_kernels.w4a16.tunable import hopper_key
 from pymllm_kernels.w8a8_int8 import hopper_decode_launch as w8a8_decode_launch
+from pymllm_kernels.w8a8_int8 import hopper_fused_launch as w8a8_fused_launch
 from pymllm_kernels.w8a8_int8 import hopper_launch as w8a8_launch
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -67,7 +68,8 @@ class Maps:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     counters = torch.zeros(528, dtype=torch.int32)
     modules: tuple[Any, ...] = (
-        hopper_launch, hopper_decode_launch, w8a8_launch, w8a8_decode_launch, quant, gather,
+        hopper_launch, hopper_decode_launch, w8a8_launch, w8a8_decode_launch, w8a8_fused_launch, quant,
+        gather,
     )  # fmt: skip
     for module in modules:
         monkeypatch.setattr(module, "load", Kernel)
@@ -84,7 +86,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Kernel, "launches", [])
     cached: list[Any] = [
         hopper_launch._loaded, hopper_launch._kernel, hopper_decode_launch._kernel,
-        w8a8_launch._loaded, w8a8_launch._gemm, w8a8_decode_launch._kernel, quant.loaded, gather._kernel,
+        w8a8_launch._loaded, w8a8_launch._gemm, w8a8_decode_launch._kernel, w8a8_fused_launch._kernel,
+        quant.loaded, gather._kernel,
     ]  # fmt: skip
     for function in cached:
         function.cache_clear()
@@ -262,7 +265,7 @@ def w8a8(m: int, n: int, k: int, *, symmetric: bool = True, static: bool = False
     return t
 
 
-@pytest.mark.parametrize("m", [1, 60, 300])
+@pytest.mark.parametrize("m", [20, 60, 300])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("static", [True, False])
 def test_int8(m: int, symmetric: bool, static: bool) -> None:
@@ -311,13 +314,40 @@ def test_the_int8_workspace_holds_everything_apart() -> None:
     assert order[-1] - start < prepared._quantize._bytes
 
 
-def test_int8_of_one_token_is_one_launch() -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("static", [True, False])
+def test_int8_of_two_tokens_is_one_launch(symmetric: bool, static: bool) -> None:
     n, k = 4096, 4096
-    t = w8a8(1, n, k)
-    ((_, rows, given),) = Kernel.launches
-    assert rows == 132 and (given.pop("M"), given.pop("N"), given.pop("K")) == (1, n, k)
-    names = ("x", "weight", "w_scale", "bias", "out")
-    assert given == {f"{name}_ptr": t[name].data_ptr() for name in names}
+    t = w8a8(2, n, k, symmetric=symmetric, static=static)
+    ((name, programs, given),) = Kernel.launches
+    assert "fused" in name and programs == 128
+    assert given.pop("weight_desc")[1:] == (torch.int8, (n, k), (k, 1), t["weight"].data_ptr())
+    names = {
+        "x": "x", "input_scale": "x_scale", "input_zero": "x_zero", "w_scale": "w_scale",
+        "column_sum": "column_sum", "bias": "bias", "out": "out",
+    }  # fmt: skip
+    addresses = {f"{b}_ptr": t[a].data_ptr() for a, b in names.items() if t[a] is not None}
+    assert given == addresses | {"M": 2, "stride_xm": k}
+
+
+def test_int8_of_two_tokens_is_read_in_place() -> None:
+    n, k = 4096, 4096
+    weight, scale, out = (
+        torch.empty(n, k, dtype=torch.int8),
+        torch.empty(n),
+        torch.empty(2, n, dtype=BF16),
+    )
+    wide = torch.randn(6, 2 * k + 8).to(BF16)
+    for x, strides in (
+        (wide[::2, 8 : 8 + k][:2], {"stride_xm": 2 * (2 * k + 8)}),
+        (wide[:2, 1 : 1 + k], {"stride_xm": 2 * k + 8, "stride_xk": 1}),
+        (wide[:2, : 2 * k : 2], {"stride_xm": 2 * k + 8, "stride_xk": 2}),
+    ):
+        w8a8_launch.launch_linear(x, weight, scale, None, None, None, None, out, symmetric=True)
+        ((_, _, given),) = Kernel.launches
+        assert given["x_ptr"] == x.data_ptr() and strides.items() <= given.items()
+        assert ("stride_xk" in strides) == ("stride_xk" in given)
+        Kernel.launches.clear()
 
 
 @pytest.mark.parametrize("static", [True, False])

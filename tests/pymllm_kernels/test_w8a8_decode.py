@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from pymllm_kernels.device import planned_device
-from pymllm_kernels.tuning.keys import TuningKey
 from pymllm_kernels.w8a8_int8.hopper_decode_tuning import (
     CONFIGS,
     DecodeConfig,
@@ -13,7 +11,6 @@ from pymllm_kernels.w8a8_int8.hopper_decode_tuning import (
     why_invalid,
 )
 from pymllm_kernels.w8a8_int8.hopper_tuning import HopperConfig, choose_config
-from pymllm_kernels.w8a8_int8.tunable import HOPPER
 
 SHARED = 227 * 1024
 
@@ -21,7 +18,7 @@ SHARED = 227 * 1024
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_configuration_is_what_the_kernel_takes(config: DecodeConfig) -> None:
     assert config.rows * config.tiles <= config.places < 2 * config.rows * config.tiles
-    assert config.block_m in (1, 8, 16) and config.fused == (config.block_m == 1)
+    assert config.block_m in (8, 16)
     for n in (8, 16, 2112, 4096, 57344):
         programs = config.programs(n, 132)
         # All of them run at once.
@@ -29,36 +26,28 @@ def test_a_configuration_is_what_the_kernel_takes(config: DecodeConfig) -> None:
 
 
 def test_candidates() -> None:
-    for m, most in ((1, {1, 8}), (2, {8}), (8, {8}), (9, {16}), (16, {16})):
-        found = list(candidates(m, 4096, 4096, 132, SHARED, True))
+    for m, most in ((1, {8}), (8, {8}), (9, {16}), (16, {16})):
+        found = list(candidates(m, 4096, 4096, 132, SHARED))
         for cost, config in found:
             assert cost > 0 and why_invalid(config, m, SHARED) is None
         assert {config.block_m for _, config in found} == most
-    assert not list(candidates(17, 4096, 4096, 132, SHARED, True))
-    # Zero points and given scales are not for the kernel that quantizes one token.
-    assert {c.block_m for _, c in candidates(1, 4096, 4096, 132, SHARED, False)} == {8}
-    key = TuningKey(HOPPER.operation, 4096, 4096, -1, "bfloat16", "static")
-    facts = planned_device("9.0")
-    assert not any(
-        isinstance(c, DecodeConfig) and c.fused for c in HOPPER.candidates(key, 1, facts)
-    )
-    assert "found static" in str(HOPPER.why_invalid(CONFIGS[0], key, 1, facts))
+    assert not list(candidates(17, 4096, 4096, 132, SHARED))
 
 
 def test_what_cannot_be_run() -> None:
     config = CONFIGS[0]
-    assert "up to 1 tokens, found 2" in str(why_invalid(config, 2, SHARED))
+    assert "up to 8 tokens, found 9" in str(why_invalid(config, 9, SHARED))
     assert "is none of" in str(why_invalid(DecodeConfig(8, rows=7), 1, SHARED))
     assert "bytes of shared memory" in str(why_invalid(config, 1, 1024))
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 4096, 4096), (1, 1024, 1024), (8, 2048, 2048), (16, 1024, 4096)]
+    ("m", "n", "k"), [(1, 1024, 1024), (1, 1024, 4096), (8, 2048, 2048), (16, 1024, 4096)]
 )
 def test_small_layers(m: int, n: int, k: int) -> None:
     assert isinstance(choose_config(m, n, k, 132, SHARED), DecodeConfig)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(8, 8192, 8192), (1, 57344, 8192), (1, 28672, 4096)])
+@pytest.mark.parametrize(("m", "n", "k"), [(8, 8192, 8192), (16, 57344, 8192), (16, 28672, 4096)])
 def test_large_layers(m: int, n: int, k: int) -> None:
     assert isinstance(choose_config(m, n, k, 132, SHARED), HopperConfig)

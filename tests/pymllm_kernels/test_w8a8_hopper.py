@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pymllm_kernels  # noqa: F401  registers the operators
 from pymllm_kernels.common.sharing import STREAM_K, compiled_config
-from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
 from pymllm_kernels.w8a8_int8.hopper_tuning import (
     HopperConfig,
     Plan,
@@ -84,19 +83,20 @@ def test_the_choice_is_valid_and_the_same_again() -> None:
         for multiprocessors in (132, 114, 78):
             config = choose_config(m, n, k, multiprocessors, SHARED)
             assert config == choose_config(m, n, k, multiprocessors, SHARED)
-            if isinstance(config, DecodeConfig):
+            if not isinstance(config, HopperConfig):
                 assert m <= config.block_m
                 continue
             assert plan_launch(config, m, n, k, multiprocessors) is not None
             assert config.tokens >= min(m, 64)
 
 
-def test_the_ring_is_filled_early_for_few_tokens_and_whole_tiles() -> None:
+def test_first_weights_are_asked_for_early_for_few_tokens_and_whole_tiles() -> None:
     found = [c for m in (1, 64, 512) for _, c in candidates(m, 4096, 4096, 132, SHARED)]
-    assert all(c.fills == (c.tokens <= 64 and c.share == 1) for c in found)
-    assert {c.fills for c in found} == {False, True}
+    assert all((c.early > 0) == (c.tokens <= 64 and c.share == 1) for c in found)
+    assert all(c.early <= c.slots for c in found)
+    assert {c.early > 0 for c in found} == {False, True}
     # What is compiled knows it, too: of the programs that share a tile only whether there are any.
-    assert all(compiled_config(c).fills == c.fills for c in found)
+    assert all(compiled_config(c).early == c.early for c in found)
 
 
 def test_no_shared_memory() -> None:

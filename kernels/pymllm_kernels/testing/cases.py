@@ -246,6 +246,24 @@ def w8a8_decode_cases() -> Iterator[Specialization]:
             yield specialization(layer, config)
 
 
+def w8a8_fused_cases() -> Iterator[Specialization]:
+    """The int8 layer for Hopper that quantizes tokens itself: every configuration, kinds of activation."""
+    from pymllm_kernels.w8a8_int8.hopper_fused_launch import forms
+    from pymllm_kernels.w8a8_int8.hopper_fused_tuning import CONFIGS, why_invalid
+    from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
+
+    shared_memory = target_device("sm_90").shared_memory
+    for config in CONFIGS:
+        # The most values a token may have, and as many as are usual.
+        k = next(k for k in (14336, 8192, 4096) if why_invalid(config, 1, k, shared_memory) is None)
+        layer = HopperLayer(4096, k, torch.bfloat16)
+        odd = HopperLayer(
+            4096, 4096, torch.float16, static=config.block_m == 2, zero=True, bias=torch.float16
+        )
+        for one in (layer, odd):
+            yield from (form.specialization() for form in forms(one, config, shared_memory))
+
+
 def quant_cases() -> Iterator[Specialization]:
     """Activation quantization: dynamic (one block and several, both kinds) and static."""
     for k in (4096, 28672):
@@ -260,5 +278,5 @@ def all_cases(target: str, tokens: tuple[int, ...] = _TOKENS) -> list[Specializa
     cases = [*w4a16_cases(target, tokens), *w8a8_cases(target, tokens), *quant_cases()]
     if target == "sm_90":
         cases += [*w4a16_hopper_cases(), *w4a16_decode_cases(), *w8a8_hopper_cases(tokens)]
-        cases += w8a8_decode_cases()
+        cases += [*w8a8_decode_cases(), *w8a8_fused_cases()]
     return cases

@@ -42,8 +42,8 @@ def _tiles(x_desc, weight_desc):
 
 
 @gluon.jit
-def _fill(x_desc, weight_desc, slots, full, SLOTS: gl.constexpr, GROUP_M: gl.constexpr):
-    """Copies the weights of the ring's first round, of whole tiles, before the warps part.
+def _load_early(x_desc, weight_desc, slots, full, EARLY: gl.constexpr, GROUP_M: gl.constexpr):
+    """Asks for the weights of the first EARLY steps, of whole tiles, before the warps part.
 
     Parting takes most of a microsecond, and so do the first copies. Unrolled: a loop, with a barrier
     and address arithmetic a step, is half as good.
@@ -52,7 +52,7 @@ def _fill(x_desc, weight_desc, slots, full, SLOTS: gl.constexpr, GROUP_M: gl.con
     BLOCK_K: gl.constexpr = weight_desc.block_shape[1]
     tiles_m, tiles_n, k_steps = _tiles(x_desc, weight_desc)
     _, tile_n = grouped_tile(gl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    for i in gl.static_range(SLOTS):
+    for i in gl.static_range(EARLY):
         there = i < k_steps
         mbarrier.expect(full.index(i), ROWS * BLOCK_K, pred=there)
         at = [tile_n * ROWS, i * BLOCK_K]
@@ -63,9 +63,9 @@ def _fill(x_desc, weight_desc, slots, full, SLOTS: gl.constexpr, GROUP_M: gl.con
 def _load(
     x_desc, weight_desc, slots, full, empty, whole,
     CODES: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr, PDL: gl.constexpr,
-    FILLED: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Copies one operand's tiles into the ring, whose first round may be FILLED; one warp."""
+    """Copies one operand's tiles into the ring, EARLY steps of which are there; one warp."""
     if CODES:
         desc = x_desc
         # The weight does not depend on the kernel before this one, its copies start at once.
@@ -81,15 +81,15 @@ def _load(
     # The ring starts empty: a wait for the phase before the first passes.
     phase = 1
     own, segments = count_segments(whole, tiles, k_steps)
-    if FILLED:
-        filled = gl.minimum(k_steps, SLOTS)
-        slot = gl.where(filled == SLOTS, 0, filled)
-        phase = gl.where(filled == SLOTS, 0, 1)
+    if EARLY > 0:
+        loaded = gl.minimum(k_steps, EARLY)
+        slot = gl.where(loaded == SLOTS, 0, loaded)
+        phase = gl.where(loaded == SLOTS, 0, 1)
     for index in range(segments):
         tile, begin, end = segment(index, own, whole, tiles, k_steps)
-        if FILLED:
+        if EARLY > 0:
             # A variable that the loop sets to 0 is not carried by Triton: kernels hang.
-            begin += gl.where(index == 0, filled, 0)
+            begin += gl.where(index == 0, loaded, 0)
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         row = (tile_m if CODES else tile_n) * ROWS
         for step in range(begin, end):
@@ -274,7 +274,7 @@ def w8a8_int8_hopper_kernel(
     MEET: gl.constexpr,  # whether sharers wait for each other, which needs a cooperative launch
     SLOTS: gl.constexpr, GROUP_M: gl.constexpr, STORE_PARTS: gl.constexpr,
     STORE_SLOTS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
-    FILL: gl.constexpr,  # whether the first weights are copied before the warps part; whole tiles only
+    EARLY: gl.constexpr,  # steps whose weights are asked for before the warps part; whole tiles only
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = weight_desc.block_shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_shape[1]
@@ -285,15 +285,20 @@ def w8a8_int8_hopper_kernel(
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
+    # Each takes a barrier of the warps: first what the first weights need.
+    for i in gl.static_range(EARLY):
         mbarrier.init(full.index(i), count=2)
+    if EARLY > 0:
+        fence_async_shared()
+        _load_early(x_desc, weight_desc, weight_slots, full, EARLY, GROUP_M)
+    for i in gl.static_range(SLOTS):
+        if i >= EARLY:
+            mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=1 if PING_PONG else CONSUMERS)
     mbarrier.init(turn.index(0), count=1)
     mbarrier.init(turn.index(1), count=1)
     fence_async_shared()
     mbarrier.arrive(turn.index(0), count=1)
-    if FILL:
-        _fill(x_desc, weight_desc, weight_slots, full, SLOTS, GROUP_M)
     if SWAP:
         a_slots = weight_slots
         b_slots = x_slots
@@ -309,9 +314,9 @@ def w8a8_int8_hopper_kernel(
             count_ptr, stride_om, stride_xs, stride_ws, whole, 0, CONSUMERS, PING_PONG, SWAP, SHARE,
             MEET, SLOTS, GROUP_M, STORE_PARTS, PDL)),
             (_load, (
-            x_desc, weight_desc, weight_slots, full, empty, whole, False, SLOTS, GROUP_M, PDL, FILL)),
+            x_desc, weight_desc, weight_slots, full, empty, whole, False, SLOTS, GROUP_M, PDL, EARLY)),
             (_load, (
-            x_desc, weight_desc, x_slots, full, empty, whole, True, SLOTS, GROUP_M, PDL, False)),
+            x_desc, weight_desc, x_slots, full, empty, whole, True, SLOTS, GROUP_M, PDL, 0)),
         ], [1, 1], [24, 24])  # fmt: skip
     else:
         out_slots_1 = gl.allocate_shared_memory(out_desc.dtype, out_shape, out_desc.layout)
@@ -327,7 +332,7 @@ def w8a8_int8_hopper_kernel(
             count_ptr, stride_om, stride_xs, stride_ws, whole, 1, CONSUMERS, PING_PONG, SWAP, SHARE,
             MEET, SLOTS, GROUP_M, STORE_PARTS, PDL)),
             (_load, (
-            x_desc, weight_desc, weight_slots, full, empty, whole, False, SLOTS, GROUP_M, PDL, FILL)),
+            x_desc, weight_desc, weight_slots, full, empty, whole, False, SLOTS, GROUP_M, PDL, EARLY)),
             (_load, (
-            x_desc, weight_desc, x_slots, full, empty, whole, True, SLOTS, GROUP_M, PDL, False)),
+            x_desc, weight_desc, x_slots, full, empty, whole, True, SLOTS, GROUP_M, PDL, 0)),
         ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip

@@ -307,12 +307,17 @@ def w8a8_int8_fused_hopper(
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
+    # Each takes a barrier of the warps: first what the first weights need.
+    for i in gl.static_range(EARLY):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
-    mbarrier.init(ready, count=1)
     fence_async_shared()
     _load_early(weight_desc, slots, full, steps, EARLY)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+        if i >= EARLY:
+            mbarrier.init(full.index(i), count=1)
+    mbarrier.init(ready, count=1)
+    fence_async_shared()
     pointers = (x_scale_ptr, x_zero_ptr, w_scale_ptr, column_sum_ptr, bias_ptr, out_ptr)
     if CONSUMERS == 1:
         gl.warp_specialize([

@@ -75,7 +75,7 @@ def specialization(layer: HopperLayer, config: HopperConfig, dependent: bool) ->
         "STORE_SLOTS": config.store_slots,
         "REGISTERS": config.registers[1],
         "PDL": dependent,
-        "FILL": config.fills,
+        "EARLY": config.early,
     }
     # Scales, sums and bias may be views that start anywhere.
     multiples = ["out_ptr", *(("part_ptr", "count_ptr") if shared else ())]

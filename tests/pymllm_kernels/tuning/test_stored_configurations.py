@@ -19,7 +19,7 @@ def test_stored_configurations_come_back(tunable: Any, group_size: int) -> None:
     found = tunable.candidates(key, 1, facts)
     names = {type(config).__name__ for config in found}
     assert {type(config) for config in found} == set(tunable.kernels.values())
-    assert names == {"DecodeConfig", "HopperConfig"}
+    assert {"DecodeConfig", "HopperConfig"} <= names
     for config in found:
         assert tunable.from_json(tunable.to_json(config)) == config
         assert tunable.adapt(config, key, 1, facts) == config
