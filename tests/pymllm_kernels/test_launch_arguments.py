@@ -320,7 +320,7 @@ def test_int8_of_two_tokens_is_one_launch(symmetric: bool, static: bool) -> None
     n, k = 4096, 4096
     t = w8a8(2, n, k, symmetric=symmetric, static=static)
     ((name, programs, given),) = Kernel.launches
-    assert "fused" in name and programs == 128
+    assert "fused" in name and programs in (64, 128)
     assert given.pop("weight_desc")[1:] == (torch.int8, (n, k), (k, 1), t["weight"].data_ptr())
     names = {
         "x": "x", "input_scale": "x_scale", "input_zero": "x_zero", "w_scale": "w_scale",

@@ -42,7 +42,7 @@ def test_what_cannot_be_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 1024, 1024), (1, 1024, 4096), (8, 2048, 2048), (16, 1024, 4096)]
+    ("m", "n", "k"), [(4, 1024, 4096), (8, 1024, 1024), (8, 2048, 2048), (16, 1024, 4096)]
 )
 def test_small_layers(m: int, n: int, k: int) -> None:
     assert isinstance(choose_config(m, n, k, 132, SHARED), DecodeConfig)

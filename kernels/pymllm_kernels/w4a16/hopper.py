@@ -37,6 +37,64 @@ from pymllm_kernels.w4a16.hopper_shared_tile import finish_tile
 
 
 @gluon.jit
+def _load_weights(
+    weight_desc, weight_smem, ready, block, place, N, tile_n, there,
+    BLOCK_N: gl.constexpr, BOXES: gl.constexpr,
+):  # fmt: skip
+    """Asks for the weights of a block of K, if it is there."""
+    row = block * N + tile_n * BLOCK_N
+    for b in gl.static_range(BOXES):
+        box = weight_smem.index(place * BOXES + b)
+        tma_load(weight_desc, [row + b * (BLOCK_N // BOXES), 0], ready, box, pred=there)
+
+
+@gluon.jit
+def _load_inputs(
+    sources, shared, ready, block, place, N, groups, tile_m, tile_n,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SLICE_K: gl.constexpr,
+    GROUP_SIZE: gl.constexpr, RUNS: gl.constexpr,
+):  # fmt: skip
+    """Asks for the activations and the scales of a block of K."""
+    BLOCK_K: gl.constexpr = 4 * SLICE_K
+    x_desc, _, scale_desc, zero_desc = sources
+    x_smem, _, scale_smem, zero_smem, _, _, _ = shared
+    for j in gl.static_range(2):
+        # Two slices a box: rows of 64 bytes load up to a third slower than of 128.
+        at = [tile_m * BLOCK_M, block * BLOCK_K + j * 2 * SLICE_K]
+        tma_load(x_desc, at, ready, x_smem.index(place * 2 + j))
+    for r in gl.static_range(RUNS):
+        # K may end inside the last block: its groups stop at the last one.
+        k = block * BLOCK_K + r * (BLOCK_K // RUNS)
+        at_n = gl.minimum(k // GROUP_SIZE, groups - 1) * N + tile_n * BLOCK_N
+        tma_load(scale_desc, [at_n], ready, scale_smem.index(place * RUNS + r))
+        if zero_desc is not None:
+            tma_load(zero_desc, [at_n], ready, zero_smem.index(place * RUNS + r))
+
+
+@gluon.jit
+def _load_early(
+    sources, shared, N, tiles_m, tiles_n, whole, steps,
+    BLOCK_N: gl.constexpr, SPAN: gl.constexpr, GROUP_M: gl.constexpr, BOXES: gl.constexpr,
+    EARLY: gl.constexpr,
+):  # fmt: skip
+    """Asks for the weights of the first EARLY steps before the warps part, which takes 0.6 us.
+
+    The producer tells their slots afterwards how many bytes to wait for.
+    """
+    _, weight_desc, _, _ = sources
+    _, weight_smem, _, _, full, _, _ = shared
+    own, _segments = count_segments(whole, tiles_m * tiles_n, steps)
+    tile, first, last = segment(0, own, whole, tiles_m * tiles_n, steps)
+    _, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+    for i in gl.static_range(EARLY):
+        for s in gl.static_range(SPAN):
+            _load_weights(
+                weight_desc, weight_smem, full.index(i), (first + i) * SPAN + s, i * SPAN + s,
+                N, tile_n, first + i < last, BLOCK_N, BOXES,
+            )  # fmt: skip
+
+
+@gluon.jit
 def _producer(
     sources, shared, N, groups, tiles_m, tiles_n, whole, steps,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SLICE_K: gl.constexpr,
@@ -44,17 +102,34 @@ def _producer(
     SLOTS: gl.constexpr, SPAN: gl.constexpr, GROUP_M: gl.constexpr, BOXES: gl.constexpr,
     DEPENDENT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_K: gl.constexpr = 4 * SLICE_K
+    """Keeps the ring full, in whose first slots the weights of EARLY steps may be; one warp."""
     if DEPENDENT:
         gdc_wait()
-    x_desc, weight_desc, scale_desc, zero_desc = sources
-    x_smem, weight_smem, scale_smem, zero_smem, full, empty, _ = shared
+    _, weight_desc, _, _ = sources
+    _, weight_smem, _, _, full, empty, _ = shared
     slot = 0
     phase = 1
     own, segments = count_segments(whole, tiles_m * tiles_n, steps)
+    if EARLY > 0:
+        tile, first, last = segment(0, own, whole, tiles_m * tiles_n, steps)
+        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+        for e in gl.static_range(EARLY):
+            if first + e < last:
+                mbarrier.expect(full.index(e), BYTES)
+                for s in gl.static_range(SPAN):
+                    _load_inputs(
+                        sources, shared, full.index(e), (first + e) * SPAN + s, e * SPAN + s,
+                        N, groups, tile_m, tile_n, BLOCK_M, BLOCK_N, SLICE_K, GROUP_SIZE, RUNS,
+                    )  # fmt: skip
+        loaded = gl.minimum(last - first, EARLY)
+        slot = gl.where(loaded == SLOTS, 0, loaded)
+        phase = gl.where(loaded == SLOTS, 0, 1)
     for i in range(segments):
         tile, first, last = segment(i, own, whole, tiles_m * tiles_n, steps)
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+        if EARLY > 0:
+            # A variable that the loop sets to 0 is not carried by Triton: kernels hang.
+            first += gl.where(i == 0, loaded, 0)
         for step in range(first, last):
             mbarrier.wait(empty.index(slot), phase)
             ready = full.index(slot)
@@ -63,50 +138,14 @@ def _producer(
                 # TMA fills with zeros what a box takes from beyond N, M or K.
                 block = step * SPAN + s
                 place = slot * SPAN + s
-                row = block * N + tile_n * BLOCK_N
-                here = (i > 0) | (step >= first + EARLY)
-                for b in gl.static_range(BOXES):
-                    box = weight_smem.index(place * BOXES + b)
-                    at = [row + b * (BLOCK_N // BOXES), 0]
-                    tma_load(weight_desc, at, ready, box, pred=here)
-                for j in gl.static_range(2):
-                    # Two slices a box: rows of 64 bytes load up to a third slower than of 128.
-                    at = [tile_m * BLOCK_M, block * BLOCK_K + j * 2 * SLICE_K]
-                    tma_load(x_desc, at, ready, x_smem.index(place * 2 + j))
-                for r in gl.static_range(RUNS):
-                    # K may end inside the last block: its groups stop at the last one.
-                    k = block * BLOCK_K + r * (BLOCK_K // RUNS)
-                    at_n = gl.minimum(k // GROUP_SIZE, groups - 1) * N + tile_n * BLOCK_N
-                    tma_load(scale_desc, [at_n], ready, scale_smem.index(place * RUNS + r))
-                    if zero_desc is not None:
-                        tma_load(zero_desc, [at_n], ready, zero_smem.index(place * RUNS + r))
+                _load_weights(
+                    weight_desc, weight_smem, ready, block, place, N, tile_n, True, BLOCK_N, BOXES
+                )
+                _load_inputs(
+                    sources, shared, ready, block, place, N, groups, tile_m, tile_n,
+                    BLOCK_M, BLOCK_N, SLICE_K, GROUP_SIZE, RUNS,
+                )  # fmt: skip
             slot, phase = next_slot(slot, phase, SLOTS)
-
-
-@gluon.jit
-def _load_early(
-    weight_desc, weight_smem, full, N, tiles_m, tiles_n, whole, steps,
-    BLOCK_N: gl.constexpr, SPAN: gl.constexpr, GROUP_M: gl.constexpr, BOXES: gl.constexpr,
-    SHARE: gl.constexpr, EARLY: gl.constexpr,
-):  # fmt: skip
-    """Asks for the weights of the first EARLY steps before the warps part.
-
-    Parting takes 0.6 us. The producer tells their slots afterwards how many bytes to wait for.
-    """
-    tile = gl.program_id(0)
-    first = 0
-    last = steps
-    if SHARE:
-        own, segments = count_segments(whole, tiles_m * tiles_n, steps)
-        tile, first, last = segment(0, own, whole, tiles_m * tiles_n, steps)
-    _, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
-    for i in gl.static_range(EARLY):
-        for s in gl.static_range(SPAN):
-            row = ((first + i) * SPAN + s) * N + tile_n * BLOCK_N
-            for b in gl.static_range(BOXES):
-                box = weight_smem.index((i * SPAN + s) * BOXES + b)
-                at = [row + b * (BLOCK_N // BOXES), 0]
-                tma_load(weight_desc, at, full.index(i), box, pred=first + i < last)
 
 
 @gluon.jit
@@ -267,15 +306,16 @@ def w4a16_gemm_hopper(
         out_smem: gl.constexpr = None
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    sources = (x_desc, weight_desc, scale_desc, zero_desc)
+    shared = (x_smem, weight_smem, scale_smem, zero_smem, full, empty, out_smem)
     # Each takes a barrier of the warps: first what the first weights need.
     for i in gl.static_range(EARLY):
         mbarrier.init(full.index(i), count=1)
     if EARLY > 0:
         fence_async_shared()
         _load_early(
-            weight_desc, weight_smem, full, N, tiles_m, tiles_n, whole, steps,
-            BLOCK_N, SPAN, GROUP_M, BOXES, SHARE, EARLY,
-        )  # fmt: skip
+            sources, shared, N, tiles_m, tiles_n, whole, steps, BLOCK_N, SPAN, GROUP_M, BOXES, EARLY
+        )
     for i in gl.static_range(SLOTS):
         if i >= EARLY:
             mbarrier.init(full.index(i), count=1)
@@ -287,8 +327,6 @@ def w4a16_gemm_hopper(
     BYTES: gl.constexpr = SPAN * (
         2 * BLOCK_N * WORDS + SCALES_N * RUNS * PARAMETER_BYTES + 8 * BLOCK_M * SLICE_K
     )
-    sources = (x_desc, weight_desc, scale_desc, zero_desc)
-    shared = (x_smem, weight_smem, scale_smem, zero_smem, full, empty, out_smem)
     problem = (out_ptr, bias_ptr, stride_om, M, N)
     work = (problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps)
     if CONSUMERS == 2:
