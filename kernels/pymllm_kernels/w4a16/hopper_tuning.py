@@ -137,7 +137,8 @@ class _Cost:
 
 # Up to 32 tokens, and even shares of 128, fitted over 1,400 times of the shipped table. Of its 2,421 entries
 # from 16 tokens on, what they choose is the best or within 3 % in 2,089, and one of the two fastest, up to
-# 10 % slower, in all but 5 of 98 others; of 234 the time is not known.
+# 10 % slower, in all but 5 of 98 others; of 234 the time is not known. Up to 32 tokens starts are less
+# by the 0.3 us that weights asked for early have saved since.
 _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
     (
         HopperConfig(block_m=8, consumers=2, slots=6, span=2),
