@@ -156,7 +156,7 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         "JOIN": min(config.joined, 4 // layer.form.runs),
         "REGISTERS": CONSUMER_REGISTERS[config.consumers],
         "DEPENDENT": layer.act_order,
-        "EARLY": 0 if layer.act_order else config.early,
+        "EARLY": 0 if layer.act_order or (shared and layer.bits == 8) else config.early,
     }
     return Specialization(
         f"w{layer.bits}a16-hopper-{config.block_m}x{config.block_n}{'-shared' * shared}"

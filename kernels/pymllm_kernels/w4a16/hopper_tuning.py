@@ -67,6 +67,8 @@ class HopperConfig:
         """Steps whose weights are asked for before the warps part: 1 to 3 % up to 32 tokens.
 
         One was half as good, three up to 5 % slower; with 64 tokens and more none made a difference.
+        None where activations are gathered first, whose indices would come behind the weights, and in
+        shared tiles of 8-bit weights, which would spill 4 bytes.
         """
         return min(2, self.slots) if self.block_m <= 32 else 0
 
