@@ -30,15 +30,12 @@ from pymllm_kernels.per_token_quant_int8.kernel import (
     zero_point_of,
 )
 from pymllm_kernels.w8a8_int8.hopper_epilogue import epilogue
+from pymllm_kernels.w8a8_int8.hopper_fused_tuning import CHUNK, CODE_ROWS
 
-# Values of a token that are loaded, reduced and stored as one tensor.
-CHUNK = gl.constexpr(2048)
-# Tokens are the 8 columns of wgmma; bytes that a row of a swizzled tile has.
-_TOKENS = gl.constexpr(8)
+_CHUNK = gl.constexpr(CHUNK)
+# Tokens are the columns of wgmma; bytes that a row of a swizzled tile has.
+_TOKENS = gl.constexpr(CODE_ROWS)
 _ROW = gl.constexpr(128)
-# Steps whose weights are asked for before the warps part, which takes 0.6 us: enough to keep the memory
-# busy until the loading warp runs. 2 to 20 were equal.
-_EARLY = gl.constexpr(4)
 _INFINITY_BITS = gl.constexpr(0x7F800000)
 
 
@@ -47,17 +44,17 @@ def _load_token(
     x_ptr, token: gl.constexpr, M, K, stride_xm, stride_xk,
     CHUNKS: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """A token in chunks ``[CHUNK / 128, 128]``, zeros beyond K and M.
+    """A token in chunks ``[_CHUNK / 128, 128]``, zeros beyond K and M.
 
     In the order of shared memory: in row ``r`` of a swizzled tile piece ``i`` of 16 codes lies in
     place ``i ^ r``.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    row = gl.arange(0, CHUNK // _ROW, layout=gl.SliceLayout(1, layout))
+    row = gl.arange(0, _CHUNK // _ROW, layout=gl.SliceLayout(1, layout))
     place = gl.arange(0, _ROW, layout=gl.SliceLayout(0, layout)) ^ (16 * token)
     chunks = ()
     for i in gl.static_range(CHUNKS):
-        k = (row * _ROW + i * CHUNK)[:, None] + place[None, :]
+        k = (row * _ROW + i * _CHUNK)[:, None] + place[None, :]
         inside = (k < K) & (token < M)
         at = token * stride_xm + k * stride_xk
         if EVEN:
@@ -74,7 +71,7 @@ def _largest_size(chunks):
     bits = size_bits(chunks[0].to(gl.float32))
     for i in gl.static_range(1, len(chunks)):
         bits = gl.maximum(bits, size_bits(chunks[i].to(gl.float32)))
-    return gl.max(gl.reshape(bits, [CHUNK]), 0)
+    return gl.max(gl.reshape(bits, [_CHUNK]), 0)
 
 
 @gluon.jit
@@ -85,7 +82,7 @@ def _extremes(chunks):
     for i in gl.static_range(1, len(chunks)):
         more = chunks[i].to(gl.float32)
         high, low = range_of(high, low, more, more)
-    high, low = gl.reduce((gl.reshape(high, [CHUNK]), gl.reshape(low, [CHUNK])), 0, range_of)
+    high, low = gl.reduce((gl.reshape(high, [_CHUNK]), gl.reshape(low, [_CHUNK])), 0, range_of)
     return range_of(high, low, 0.0, 0.0)
 
 
@@ -278,11 +275,11 @@ def w8a8_int8_fused_hopper(
     EVEN: gl.constexpr,  # whether values of a token are neighbours, on 16 bytes
     CONSUMERS: gl.constexpr,  # 1 or 2
     SLOTS: gl.constexpr,  # steps that the ring holds
+    EARLY: gl.constexpr,  # of these, those that are asked for before the warps part
     REGISTERS: gl.constexpr,  # of a thread of the second consumer
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = weight_desc.block_shape[0]
     BLOCK_K: gl.constexpr = weight_desc.block_shape[1]
-    EARLY: gl.constexpr = min(_EARLY, SLOTS)
     N = weight_desc.shape[0]
     K = weight_desc.shape[1]
     tiles = gl.cdiv(N, BLOCK_N)
@@ -293,11 +290,11 @@ def w8a8_int8_fused_hopper(
         tokens += (_load_token(x_ptr, r, M, K, stride_xm, stride_xk, CHUNKS, EVEN),)
     codes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_TOKENS, BLOCK_K], gl.int8)
     codes = gl.allocate_shared_memory(
-        gl.int8, [CHUNKS * CHUNK // BLOCK_K, _TOKENS, BLOCK_K], codes_layout
+        gl.int8, [CHUNKS * _CHUNK // BLOCK_K, _TOKENS, BLOCK_K], codes_layout
     )
     # As the tokens are written: 8 swizzled rows of 128 bytes each.
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    rows_of_codes = reinterpreted(codes, [CHUNKS, CHUNK // _ROW, _TOKENS * _ROW], plain)
+    rows_of_codes = reinterpreted(codes, [CHUNKS, _CHUNK // _ROW, _TOKENS * _ROW], plain)
     slots = gl.allocate_shared_memory(
         gl.int8, [SLOTS, max(BLOCK_N, 64), BLOCK_K], weight_desc.layout
     )

@@ -12,7 +12,7 @@ from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
 from pymllm_kernels.common.specialization import Specialization, box_type, pointer_type
 from pymllm_kernels.device import device_facts
 from pymllm_kernels.w8a8_int8.hopper_fused import w8a8_int8_fused_hopper
-from pymllm_kernels.w8a8_int8.hopper_fused_tuning import FusedConfig, chunks_of, why_invalid
+from pymllm_kernels.w8a8_int8.hopper_fused_tuning import EARLY, FusedConfig, chunks_of, why_invalid
 from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
 from pymllm_kernels.w8a8_int8.layout import W8A8Weight
 
@@ -57,6 +57,7 @@ def specialization(
         "EVEN": even,
         "CONSUMERS": config.consumers,
         "SLOTS": slots,
+        "EARLY": EARLY,
         "REGISTERS": config.registers[1],
         **{name: None for name, kind in optional.items() if kind is None},
     }

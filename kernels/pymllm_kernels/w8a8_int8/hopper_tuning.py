@@ -15,10 +15,7 @@ from pymllm_kernels.common.launch import cheapest
 from pymllm_kernels.common.sharing import STREAM_K, share_tiles
 from pymllm_kernels.w8a8_int8 import hopper_decode_tuning, hopper_fused_tuning
 from pymllm_kernels.w8a8_int8.hopper_decode_tuning import DecodeConfig
-from pymllm_kernels.w8a8_int8.hopper_fused_tuning import FusedConfig
-
-# Steps that keep the memory busy while the warps part: 2 to all of them were equal.
-_EARLY = 4
+from pymllm_kernels.w8a8_int8.hopper_fused_tuning import EARLY, FusedConfig
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class HopperConfig:
     @property
     def early(self) -> int:
         """Steps whose weights are asked for before the warps part: up to 1.5 us of calls of 8 to 120."""
-        return min(_EARLY, self.slots) if self.tokens <= 64 and self.share == 1 else 0
+        return min(EARLY, self.slots) if self.tokens <= 64 and self.share == 1 else 0
 
     @property
     def out_block(self) -> tuple[int, int]:
