@@ -247,21 +247,24 @@ def w8a8_decode_cases() -> Iterator[Specialization]:
 
 
 def w8a8_fused_cases() -> Iterator[Specialization]:
-    """The int8 layer for Hopper that quantizes tokens itself: every configuration, kinds of activation."""
+    """The int8 layer for Hopper that quantizes tokens itself: every configuration.
+
+    With 1 and 8 tokens plain activations, as many values as a token may have; with 2 and 4 other kinds.
+    """
     from pymllm_kernels.w8a8_int8.hopper_fused_launch import forms
     from pymllm_kernels.w8a8_int8.hopper_fused_tuning import CONFIGS, why_invalid
     from pymllm_kernels.w8a8_int8.hopper_layer import HopperLayer
 
     shared_memory = target_device("sm_90").shared_memory
     for config in CONFIGS:
-        # The most values a token may have, and as many as are usual.
         k = next(k for k in (14336, 8192, 4096) if why_invalid(config, 1, k, shared_memory) is None)
         layer = HopperLayer(4096, k, torch.bfloat16)
-        odd = HopperLayer(
-            4096, 4096, torch.float16, static=config.block_m == 2, zero=True, bias=torch.float16
-        )
-        for one in (layer, odd):
-            yield from (form.specialization() for form in forms(one, config, shared_memory))
+        if config.block_m in (2, 4):
+            layer = HopperLayer(
+                4096, k, torch.float16, static=config.block_m == 2, zero=True, bias=torch.float16
+            )
+        for form in forms(layer, config, shared_memory):
+            yield form.specialization()
 
 
 def quant_cases() -> Iterator[Specialization]:
