@@ -91,7 +91,7 @@ def test_tuning_once_is_enough(capsys: pytest.CaptureFixture[str], directory: Pa
         ("gluon_hopper_w4a16", 1), ("gluon_hopper_w4a16", 16),
         ("gluon_hopper_w8a8_int8", 1), ("gluon_hopper_w8a8_int8", 16),
     ]  # fmt: skip
-    assert {t["config"]["kernel"] for t in document["tuned"]} <= {"tiles", "decode"}
+    assert {t["config"]["kernel"] for t in document["tuned"]} <= {"tiles", "decode", "fused"}
     assert [r.origin for r in configs()] == ["store", "store"]
     _, document, _ = run(capsys, *TUNE)
     assert (document["tuned"], document["present"]) == ([], 4)
