@@ -32,11 +32,11 @@ from pymllm_kernels.per_token_quant_int8.kernel import (
 from pymllm_kernels.w8a8_int8.hopper_epilogue import epilogue
 from pymllm_kernels.w8a8_int8.hopper_fused_tuning import CHUNK, CODE_ROWS
 
-_CHUNK = gl.constexpr(CHUNK)
+_CHUNK_OF_TOKEN = gl.constexpr(CHUNK)
 # Tokens are the columns of wgmma; bytes that a row of a swizzled tile has.
-_TOKENS = gl.constexpr(CODE_ROWS)
-_ROW = gl.constexpr(128)
-_INFINITY_BITS = gl.constexpr(0x7F800000)
+_CODE_ROWS = gl.constexpr(CODE_ROWS)
+_ROW_BYTES = gl.constexpr(128)
+_INFINITE = gl.constexpr(0x7F800000)
 
 
 @gluon.jit
@@ -44,17 +44,17 @@ def _load_token(
     x_ptr, token: gl.constexpr, M, K, stride_xm, stride_xk,
     CHUNKS: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """A token in chunks ``[_CHUNK / 128, 128]``, zeros beyond K and M.
+    """A token in chunks ``[_CHUNK_OF_TOKEN / 128, 128]``, zeros beyond K and M.
 
     In the order of shared memory: in row ``r`` of a swizzled tile piece ``i`` of 16 codes lies in
     place ``i ^ r``.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    row = gl.arange(0, _CHUNK // _ROW, layout=gl.SliceLayout(1, layout))
-    place = gl.arange(0, _ROW, layout=gl.SliceLayout(0, layout)) ^ (16 * token)
+    row = gl.arange(0, _CHUNK_OF_TOKEN // _ROW_BYTES, layout=gl.SliceLayout(1, layout))
+    place = gl.arange(0, _ROW_BYTES, layout=gl.SliceLayout(0, layout)) ^ (16 * token)
     chunks = ()
     for i in gl.static_range(CHUNKS):
-        k = (row * _ROW + i * _CHUNK)[:, None] + place[None, :]
+        k = (row * _ROW_BYTES + i * _CHUNK_OF_TOKEN)[:, None] + place[None, :]
         inside = (k < K) & (token < M)
         at = token * stride_xm + k * stride_xk
         if EVEN:
@@ -71,7 +71,7 @@ def _largest_size(chunks):
     bits = size_bits(chunks[0].to(gl.float32))
     for i in gl.static_range(1, len(chunks)):
         bits = gl.maximum(bits, size_bits(chunks[i].to(gl.float32)))
-    return gl.max(gl.reshape(bits, [_CHUNK]), 0)
+    return gl.max(gl.reshape(bits, [_CHUNK_OF_TOKEN]), 0)
 
 
 @gluon.jit
@@ -82,7 +82,9 @@ def _extremes(chunks):
     for i in gl.static_range(1, len(chunks)):
         more = chunks[i].to(gl.float32)
         high, low = range_of(high, low, more, more)
-    high, low = gl.reduce((gl.reshape(high, [_CHUNK]), gl.reshape(low, [_CHUNK])), 0, range_of)
+    high, low = gl.reduce(
+        (gl.reshape(high, [_CHUNK_OF_TOKEN]), gl.reshape(low, [_CHUNK_OF_TOKEN])), 0, range_of
+    )
     return range_of(high, low, 0.0, 0.0)
 
 
@@ -91,7 +93,7 @@ def _quantize(
     chunks, rows_of_codes, token: gl.constexpr, x_scale_ptr, x_zero_ptr, ZERO: gl.constexpr
 ):
     """Writes the codes of a token to shared memory; its scale and zero point."""
-    AT: gl.constexpr = _ROW * token
+    AT: gl.constexpr = _ROW_BYTES * token
     shift = 0
     if x_scale_ptr is not None:
         scale = gl.load(x_scale_ptr)
@@ -99,7 +101,7 @@ def _quantize(
             shift = gl.load(x_zero_ptr)
         for i in gl.static_range(len(chunks)):
             codes = static_codes(chunks[i].to(gl.float32), scale, shift, True)
-            rows_of_codes.index(i).slice(AT, _ROW, 1).store(codes)
+            rows_of_codes.index(i).slice(AT, _ROW_BYTES, 1).store(codes)
     elif ZERO:
         high, low = _extremes(chunks)
         factor, inverse, scale, zero = zero_point_of(high, low)
@@ -107,7 +109,7 @@ def _quantize(
         finite = high - low < float("inf")
         for i in gl.static_range(len(chunks)):
             codes = asymmetric_codes(chunks[i].to(gl.float32), factor, inverse, shift)
-            rows_of_codes.index(i).slice(AT, _ROW, 1).store(
+            rows_of_codes.index(i).slice(AT, _ROW_BYTES, 1).store(
                 gl.where(finite, codes, shift.to(gl.int8))
             )
     else:
@@ -115,16 +117,16 @@ def _quantize(
         size = top.to(gl.float32, bitcast=True)
         factor, inverse = inverse_of(size, 127.0)
         scale = gl.div_rn(size, 127.0)
-        if (factor == 1.0) & (top < _INFINITY_BITS):
+        if (factor == 1.0) & (top < _INFINITE):
             # Nearly every token: a product and a selection a value less.
             for i in gl.static_range(len(chunks)):
                 codes = rounded_codes(chunks[i].to(gl.float32) * inverse)
-                rows_of_codes.index(i).slice(AT, _ROW, 1).store(codes)
+                rows_of_codes.index(i).slice(AT, _ROW_BYTES, 1).store(codes)
         else:
             for i in gl.static_range(len(chunks)):
                 codes = rounded_codes((chunks[i].to(gl.float32) * factor) * inverse)
-                codes = gl.where(top < _INFINITY_BITS, codes, 0)
-                rows_of_codes.index(i).slice(AT, _ROW, 1).store(codes)
+                codes = gl.where(top < _INFINITE, codes, 0)
+                rows_of_codes.index(i).slice(AT, _ROW_BYTES, 1).store(codes)
     return scale, shift
 
 
@@ -134,9 +136,9 @@ def _quantize_all(
 ):
     """Writes codes, scales and zero points of all tokens to shared memory; one warpgroup."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    index = gl.arange(0, _TOKENS, layout=layout)
-    all_scales = gl.zeros([_TOKENS], gl.float32, layout)
-    all_zeros = gl.zeros([_TOKENS], gl.int32, layout)
+    index = gl.arange(0, _CODE_ROWS, layout=layout)
+    all_scales = gl.zeros([_CODE_ROWS], gl.float32, layout)
+    all_zeros = gl.zeros([_CODE_ROWS], gl.int32, layout)
     for r in gl.static_range(len(tokens)):
         scale, zero = _quantize(tokens[r], rows_of_codes, r, x_scale_ptr, x_zero_ptr, ZERO)
         all_scales = gl.where(index == r, scale, all_scales)
@@ -211,7 +213,7 @@ def _multiply(
     ZERO: gl.constexpr = column_sum_ptr is not None
     ROWS: gl.constexpr = slots.shape[1] // CONSUMERS
     FEATURES: gl.constexpr = BLOCK_N // CONSUMERS
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TOKENS, 32])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CODE_ROWS, 32])
     OF_TOKENS: gl.constexpr = gl.SliceLayout(0, layout)
     if INDEX == 0:
         _quantize_all(tokens, rows_of_codes, scales, zeros, x_scale_ptr, x_zero_ptr, ZERO)
@@ -224,8 +226,8 @@ def _multiply(
     if ZERO:
         zero = zeros.load(OF_TOKENS)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    token = gl.arange(0, _TOKENS, layout=OF_TOKENS)
-    nothing = gl.zeros((ROWS, _TOKENS), gl.int32, layout)
+    token = gl.arange(0, _CODE_ROWS, layout=OF_TOKENS)
+    nothing = gl.zeros((ROWS, _CODE_ROWS), gl.int32, layout)
     slot = 0
     phase = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -288,19 +290,23 @@ def w8a8_int8_fused_hopper(
     tokens = ()
     for r in gl.static_range(TOKENS):
         tokens += (_load_token(x_ptr, r, M, K, stride_xm, stride_xk, CHUNKS, EVEN),)
-    codes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_TOKENS, BLOCK_K], gl.int8)
+    codes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
+        [_CODE_ROWS, BLOCK_K], gl.int8
+    )
     codes = gl.allocate_shared_memory(
-        gl.int8, [CHUNKS * _CHUNK // BLOCK_K, _TOKENS, BLOCK_K], codes_layout
+        gl.int8, [CHUNKS * _CHUNK_OF_TOKEN // BLOCK_K, _CODE_ROWS, BLOCK_K], codes_layout
     )
     # As the tokens are written: 8 swizzled rows of 128 bytes each.
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    rows_of_codes = reinterpreted(codes, [CHUNKS, _CHUNK // _ROW, _TOKENS * _ROW], plain)
+    rows_of_codes = reinterpreted(
+        codes, [CHUNKS, _CHUNK_OF_TOKEN // _ROW_BYTES, _CODE_ROWS * _ROW_BYTES], plain
+    )
     slots = gl.allocate_shared_memory(
         gl.int8, [SLOTS, max(BLOCK_N, 64), BLOCK_K], weight_desc.layout
     )
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scales = gl.allocate_shared_memory(gl.float32, [_TOKENS], flat)
-    zeros = gl.allocate_shared_memory(gl.int32, [_TOKENS], flat)
+    scales = gl.allocate_shared_memory(gl.float32, [_CODE_ROWS], flat)
+    zeros = gl.allocate_shared_memory(gl.int32, [_CODE_ROWS], flat)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
