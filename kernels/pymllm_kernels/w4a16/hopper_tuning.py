@@ -140,8 +140,8 @@ class _Cost:
 # Up to 32 tokens, and even shares of 128, fitted over 1,400 times of the shipped table. Of its 2,421 entries
 # from 16 tokens on, what they choose is the best or within 3 % in 2,089, and one of the two fastest, up to
 # 10 % slower, in all but 5 of 98 others; of 234 the time is not known. Weights asked for early have saved
-# 0.1 to 0.8 us up to 32 tokens since: with starts less by 0.3, 20 instead of 9 of 269 choices at 16 tokens
-# were tiles where the kernel for few tokens is the fastest.
+# 0.1 to 0.8 us up to 32 tokens since: with starts less by 0.3, by those times 20 instead of 9 of 269 choices at 16
+# tokens were tiles where the kernel for few tokens is the fastest.
 _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
     (
         HopperConfig(block_m=8, consumers=2, slots=6, span=2),
