@@ -12,12 +12,14 @@ import functools
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 __all__ = [
     "GLUON_DTYPE",
+    "load_early",
     "next_slot",
     "reinterpreted",
+    "slot_after",
     "split_columns",
     "sync_threads",
     "tile_layout",
@@ -55,6 +57,32 @@ def next_slot(slot, phase, SLOTS: gl.constexpr):
     phase = gl.where(slot == SLOTS, phase ^ 1, phase)
     slot = gl.where(slot == SLOTS, 0, slot)
     return slot, phase
+
+
+@gluon.jit
+def load_early(desc, row, slots, full, steps, EARLY: gl.constexpr):
+    """Asks for the first EARLY steps of the rows from ``row`` on, before the warps part.
+
+    Parting takes most of a microsecond, and so do the first copies. Unrolled: a loop, with a barrier
+    and address arithmetic a step, is half as good.
+    """
+    ROWS: gl.constexpr = desc.block_shape[0]
+    BLOCK_K: gl.constexpr = desc.block_shape[1]
+    for i in gl.static_range(EARLY):
+        there = i < steps
+        mbarrier.expect(full.index(i), ROWS * BLOCK_K, pred=there)
+        # A box of fewer rows than its slot has fills the first of them.
+        place = slots.index(i).slice(0, ROWS)
+        tma_load(desc, [row, i * BLOCK_K], full.index(i), place, pred=there)
+
+
+@gluon.jit
+def slot_after(loaded, SLOTS: gl.constexpr):
+    """Where a producer goes on in a ring with ``loaded`` of its SLOTS filled, and the parity it waits for.
+
+    Of an empty ring: a wait for the phase before the first passes.
+    """
+    return gl.where(loaded == SLOTS, 0, loaded), gl.where(loaded == SLOTS, 0, 1)
 
 
 @gluon.jit

@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from pymllm_kernels.common.gluon_hopper import (
     next_slot,
+    slot_after,
     split_columns,
     sync_threads,
     tma_load,
@@ -122,8 +123,7 @@ def _producer(
                         N, groups, tile_m, tile_n, BLOCK_M, BLOCK_N, SLICE_K, GROUP_SIZE, RUNS,
                     )  # fmt: skip
         loaded = gl.minimum(last - first, EARLY)
-        slot = gl.where(loaded == SLOTS, 0, loaded)
-        phase = gl.where(loaded == SLOTS, 0, 1)
+        slot, phase = slot_after(loaded, SLOTS)
     for i in range(segments):
         tile, first, last = segment(i, own, whole, tiles_m * tiles_n, steps)
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)

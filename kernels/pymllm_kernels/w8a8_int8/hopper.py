@@ -22,7 +22,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from pymllm_kernels.common.gluon_hopper import next_slot, split_columns, tma_load, tma_store
+from pymllm_kernels.common.gluon_hopper import (
+    load_early,
+    next_slot,
+    slot_after,
+    split_columns,
+    tma_load,
+    tma_store,
+)
 from pymllm_kernels.common.shared_tile import leave_part, meet, take_leave
 from pymllm_kernels.common.stream_k import count_segments, segment, sharers
 from pymllm_kernels.common.triton_helpers import grouped_tile
@@ -39,24 +46,6 @@ def _tiles(x_desc, weight_desc):
     tiles_n = (weight_desc.shape[0] + BLOCK_N - 1) // BLOCK_N
     k_steps = (x_desc.shape[1] + BLOCK_K - 1) // BLOCK_K
     return tiles_m, tiles_n, k_steps
-
-
-@gluon.jit
-def _load_early(x_desc, weight_desc, slots, full, EARLY: gl.constexpr, GROUP_M: gl.constexpr):
-    """Asks for the weights of the first EARLY steps, of whole tiles, before the warps part.
-
-    Parting takes most of a microsecond, and so do the first copies. Unrolled: a loop, with a barrier
-    and address arithmetic a step, is half as good.
-    """
-    ROWS: gl.constexpr = weight_desc.block_shape[0]
-    BLOCK_K: gl.constexpr = weight_desc.block_shape[1]
-    tiles_m, tiles_n, k_steps = _tiles(x_desc, weight_desc)
-    _, tile_n = grouped_tile(gl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    for i in gl.static_range(EARLY):
-        there = i < k_steps
-        mbarrier.expect(full.index(i), ROWS * BLOCK_K, pred=there)
-        at = [tile_n * ROWS, i * BLOCK_K]
-        tma_load(weight_desc, at, full.index(i), slots.index(i), pred=there)
 
 
 @gluon.jit
@@ -83,8 +72,7 @@ def _load(
     own, segments = count_segments(whole, tiles, k_steps)
     if EARLY > 0:
         loaded = gl.minimum(k_steps, EARLY)
-        slot = gl.where(loaded == SLOTS, 0, loaded)
-        phase = gl.where(loaded == SLOTS, 0, 1)
+        slot, phase = slot_after(loaded, SLOTS)
     for index in range(segments):
         tile, begin, end = segment(index, own, whole, tiles, k_steps)
         if EARLY > 0:
@@ -290,7 +278,10 @@ def w8a8_int8_hopper_kernel(
         mbarrier.init(full.index(i), count=2)
     if EARLY > 0:
         fence_async_shared()
-        _load_early(x_desc, weight_desc, weight_slots, full, EARLY, GROUP_M)
+        # Tiles are whole: the first is that of the program's number.
+        tiles_m, tiles_n, k_steps = _tiles(x_desc, weight_desc)
+        _, tile_n = grouped_tile(gl.program_id(0), tiles_m, tiles_n, GROUP_M)
+        load_early(weight_desc, tile_n * BLOCK_N, weight_slots, full, k_steps, EARLY)
     for i in gl.static_range(SLOTS):
         if i >= EARLY:
             mbarrier.init(full.index(i), count=2)

@@ -51,7 +51,7 @@ def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
         # Scales, sums and bias may be views that start anywhere.
         divisible_by_16=("x_ptr", "weight_ptr", "out_ptr", "K"),
         # A multiprocessor's registers over 16 warps.
-        options={"maxnreg": 128, "enable_fp_fusion": False, "launch_pdl": True},
+        options={"maxnreg": 128, "launch_pdl": True},
     )
 
 

@@ -18,6 +18,19 @@ def _along(values, ROWS: gl.constexpr):
 
 
 @gluon.jit
+def load_feature_factors(features, there, w_scale_ptr, column_sum_ptr, bias_ptr, stride_ws):
+    """(scale, column sum, bias) of features; what is absent is 0."""
+    column_sum = 0
+    bias = 0.0
+    s_n = gl.load(w_scale_ptr + features * stride_ws, mask=there, other=0.0)
+    if column_sum_ptr is not None:
+        column_sum = gl.load(column_sum_ptr + features, mask=there, other=0)
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + features, mask=there, other=0.0)
+    return s_n, column_sum, bias
+
+
+@gluon.jit
 def load_factors(
     layout: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, token0, feature0, M, N,
     x_scale_ptr, w_scale_ptr, x_zero_ptr, column_sum_ptr, bias_ptr, stride_xs, stride_ws,
@@ -31,15 +44,12 @@ def load_factors(
     else:
         tokens, features = token0 + rows, feature0 + columns
     s_m = gl.load(x_scale_ptr + tokens * stride_xs, mask=tokens < M, other=0.0)
-    s_n = gl.load(w_scale_ptr + features * stride_ws, mask=features < N, other=0.0)
     zero = 0
-    column_sum = 0
-    bias = 0.0
     if x_zero_ptr is not None:
         zero = gl.load(x_zero_ptr + tokens * stride_xs, mask=tokens < M, other=0)
-        column_sum = gl.load(column_sum_ptr + features, mask=features < N, other=0)
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + features, mask=features < N, other=0.0)
+    s_n, column_sum, bias = load_feature_factors(
+        features, features < N, w_scale_ptr, column_sum_ptr, bias_ptr, stride_ws
+    )
     return s_m, s_n, zero, column_sum, bias
 
 

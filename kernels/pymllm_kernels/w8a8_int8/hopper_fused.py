@@ -19,7 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pymllm_kernels.common.gluon_hopper import next_slot, reinterpreted, tma_load
+from pymllm_kernels.common.gluon_hopper import (
+    load_early,
+    next_slot,
+    reinterpreted,
+    slot_after,
+    tma_load,
+)
 from pymllm_kernels.per_token_quant_int8.kernel import (
     asymmetric_codes,
     inverse_of,
@@ -29,7 +35,7 @@ from pymllm_kernels.per_token_quant_int8.kernel import (
     static_codes,
     zero_point_of,
 )
-from pymllm_kernels.w8a8_int8.hopper_epilogue import epilogue
+from pymllm_kernels.w8a8_int8.hopper_epilogue import epilogue, load_feature_factors
 from pymllm_kernels.w8a8_int8.hopper_fused_tuning import CHUNK, CODE_ROWS
 
 _CHUNK_OF_TOKEN = gl.constexpr(CHUNK)
@@ -152,19 +158,6 @@ def _quantize_all(
 
 
 @gluon.jit
-def _load_early(weight_desc, slots, full, steps, EARLY: gl.constexpr):
-    """Asks for the first weights of the first tile."""
-    BLOCK_N: gl.constexpr = weight_desc.block_shape[0]
-    BLOCK_K: gl.constexpr = weight_desc.block_shape[1]
-    for i in gl.static_range(EARLY):
-        there = i < steps
-        mbarrier.expect(full.index(i), BLOCK_N * BLOCK_K, pred=there)
-        place = slots.index(i).slice(0, BLOCK_N)
-        at = [gl.program_id(0) * BLOCK_N, i * BLOCK_K]
-        tma_load(weight_desc, at, full.index(i), place, pred=there)
-
-
-@gluon.jit
 def _load_weights(
     weight_desc, slots, full, empty, tiles, steps, SLOTS: gl.constexpr, EARLY: gl.constexpr
 ):
@@ -172,9 +165,7 @@ def _load_weights(
     BLOCK_N: gl.constexpr = weight_desc.block_shape[0]
     BLOCK_K: gl.constexpr = weight_desc.block_shape[1]
     loaded = gl.minimum(steps, EARLY)
-    slot = gl.where(loaded == SLOTS, 0, loaded)
-    # The ring starts empty: a wait for the phase before the first passes.
-    phase = gl.where(loaded == SLOTS, 0, 1)
+    slot, phase = slot_after(loaded, SLOTS)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         first = gl.where(tile == gl.program_id(0), loaded, 0)
         for step in range(first, steps):
@@ -184,19 +175,6 @@ def _load_weights(
             place = slots.index(slot).slice(0, BLOCK_N)
             tma_load(weight_desc, [tile * BLOCK_N, step * BLOCK_K], full.index(slot), place)
             slot, phase = next_slot(slot, phase, SLOTS)
-
-
-@gluon.jit
-def _load_factors(features, there, w_scale_ptr, column_sum_ptr, bias_ptr, stride_ws):
-    """(scale, column sum, bias) of features; what is absent is 0."""
-    column_sum = 0
-    bias = 0.0
-    s_n = gl.load(w_scale_ptr + features * stride_ws, mask=there, other=0.0)
-    if column_sum_ptr is not None:
-        column_sum = gl.load(column_sum_ptr + features, mask=there, other=0)
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + features, mask=there, other=0.0)
-    return s_n, column_sum, bias
 
 
 @gluon.jit
@@ -236,7 +214,7 @@ def _multiply(
         feature = tile * BLOCK_N + INDEX * FEATURES + row
         there = (row < FEATURES) & (feature < N)
         # They arrive beside the multiplications.
-        s_n, column_sum, bias = _load_factors(
+        s_n, column_sum, bias = load_feature_factors(
             feature, there, w_scale_ptr, column_sum_ptr, bias_ptr, stride_ws
         )
         acc = nothing
@@ -314,7 +292,7 @@ def w8a8_int8_fused_hopper(
     for i in gl.static_range(EARLY):
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
-    _load_early(weight_desc, slots, full, steps, EARLY)
+    load_early(weight_desc, gl.program_id(0) * BLOCK_N, slots, full, steps, EARLY)
     for i in gl.static_range(SLOTS):
         mbarrier.init(empty.index(i), count=CONSUMERS)
         if i >= EARLY:
