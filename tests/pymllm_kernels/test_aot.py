@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from pymllm_kernels.common.specialization import Specialization
-from pymllm_kernels.testing.aot import AotError, CompiledCode, compile_for
+from pymllm_kernels.testing.aot import AotError, CompiledCode, compile_for, idle_barriers
 from pymllm_kernels.testing.sass_lint import (
     disassemble,
     lint_cubin,
@@ -219,3 +219,21 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(AotError, match="TRITON_INTERPRET"):
         compile_for(COPY, "sm_90")
+
+
+_BARRIER = (
+    "{} = ttg.local_alloc : () -> !ttg.memdesc<{}xi64, #shared2, #smem, mutable> loc(#loc1)\n"
+)
+
+
+def test_barriers_that_no_partition_is_given_are_found() -> None:
+    slots = "%slots = ttg.local_alloc : () -> !ttg.memdesc<4x64x128xi8, #shared, #smem, mutable>\n"
+    barriers = "".join(_BARRIER.format(*each) for each in (("%full", "4x1"), ("%full_2", 1)))
+    parted = (
+        "ttg.warp_specialize(%desc, %slots, {}) attributes {{requestedRegisters = array<i32: 24>}}"
+    )
+    assert idle_barriers(slots + barriers + parted.format("%full, %full_2")) == []
+    # The name of one is the beginning of the other's.
+    assert idle_barriers(slots + barriers + parted.format("%full_2")) == ["%full"]
+    assert idle_barriers(slots + barriers) == ["%full", "%full_2"]
+    assert idle_barriers(slots) == []

@@ -8,7 +8,7 @@ import triton
 from pymllm_kernels.common import launcher
 from pymllm_kernels.common.specialization import Specialization
 from pymllm_kernels.testing import sass_lint
-from pymllm_kernels.testing.aot import compile_for
+from pymllm_kernels.testing.aot import compile_for, idle_barriers
 from pymllm_kernels.testing.cases import all_cases
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -33,6 +33,7 @@ def test_hopper(case: Specialization) -> None:
     else:
         assert not code.spills, (code.spill_store_bytes, code.spill_load_bytes)
     assert sass_lint.lint_cubin(code.cubin) == []
+    assert idle_barriers(code.ttgir) == []
     assert not [m for m in code.messages if "C75" in m], code.messages
 
 

@@ -17,6 +17,8 @@ from pymllm_kernels.common.specialization import Specialization
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 # C75xx are the remarks about wgmma, among them that all of them were serialised.
+_BARRIERS = re.compile(r"(%\w+) = ttg\.local_alloc\b.*-> !ttg\.memdesc<(?:\d+x)+i64\b")
+_GIVEN_TO_PARTITIONS = re.compile(r"\bttg\.warp_specialize\(([^)]*)\)")
 _MESSAGE = re.compile(r"\(C\d{4}\)|\bwarning\b|\bwgmma\b", re.IGNORECASE)
 
 
@@ -43,6 +45,18 @@ class CompiledCode:
     def spills(self) -> bool:
         """Whether registers were spilled to local memory."""
         return self.spill_store_bytes + self.spill_load_bytes > 0
+
+
+def idle_barriers(ttgir: str) -> list[str]:
+    """Barriers in shared memory that no partition of a warp-specialized kernel is given.
+
+    After its last use Triton hands the memory of a barrier to others without invalidating it, which PTX
+    asks for: on an H200, sums kept there came back as other numbers.
+    """
+    given = " ".join(_GIVEN_TO_PARTITIONS.findall(ttgir))
+    return [
+        name for name in _BARRIERS.findall(ttgir) if name not in given.replace(",", " ").split()
+    ]
 
 
 class AotError(RuntimeError):

@@ -272,7 +272,12 @@ def w8a8_int8_hopper_kernel(
     out_slots = gl.allocate_shared_memory(out_desc.dtype, out_shape, out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    # Only where it is used: memory of a barrier that no warp needs any more is given to others, and
+    # what the hardware still does with the barrier overwrites what they put there.
+    if PING_PONG:
+        turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    else:
+        turn: gl.constexpr = None
     # Each takes a barrier of the warps: first what the first weights need.
     for i in gl.static_range(EARLY):
         mbarrier.init(full.index(i), count=2)
@@ -286,10 +291,12 @@ def w8a8_int8_hopper_kernel(
         if i >= EARLY:
             mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=1 if PING_PONG else CONSUMERS)
-    mbarrier.init(turn.index(0), count=1)
-    mbarrier.init(turn.index(1), count=1)
+    if PING_PONG:
+        mbarrier.init(turn.index(0), count=1)
+        mbarrier.init(turn.index(1), count=1)
     fence_async_shared()
-    mbarrier.arrive(turn.index(0), count=1)
+    if PING_PONG:
+        mbarrier.arrive(turn.index(0), count=1)
     if SWAP:
         a_slots = weight_slots
         b_slots = x_slots

@@ -287,7 +287,13 @@ def w8a8_int8_fused_hopper(
     zeros = gl.allocate_shared_memory(gl.int32, [_CODE_ROWS], flat)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    # Only where it is used: memory of a barrier that no warp needs any more is given to others, and
+    # what the hardware still does with the barrier overwrites what they put there. 24 steps of 64
+    # features got wrong scales that way.
+    if CONSUMERS > 1:
+        ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    else:
+        ready: gl.constexpr = None
     # Each takes a barrier of the warps: first what the first weights need.
     for i in gl.static_range(EARLY):
         mbarrier.init(full.index(i), count=1)
@@ -297,7 +303,8 @@ def w8a8_int8_fused_hopper(
         mbarrier.init(empty.index(i), count=CONSUMERS)
         if i >= EARLY:
             mbarrier.init(full.index(i), count=1)
-    mbarrier.init(ready, count=1)
+    if CONSUMERS > 1:
+        mbarrier.init(ready, count=1)
     fence_async_shared()
     pointers = (x_scale_ptr, x_zero_ptr, w_scale_ptr, column_sum_ptr, bias_ptr, out_ptr)
     if CONSUMERS == 1:
