@@ -53,11 +53,11 @@ class HopperConfig:
     def joined(self) -> int:
         """Slices of weights that are one operand of wgmma, where a block is one group.
 
-        Warps of a consumer meet before every operand. Two slices an operand were 1 to 4 % faster up to
-        64 tokens, four another 1 to 3 % with 32 tokens or three consumers; with 128 tokens and two
-        consumers two were 3 % slower and four 6 %.
+        Warps of a consumer meet before every operand. Two slices an operand were 1 to 5 % faster up to
+        64 tokens, four another 1 to 3 % with 16 and 32 tokens or three and more consumers; with 128
+        tokens and two consumers two were 3 % slower and four 6 %.
         """
-        if self.block_m == 32 or (self.consumers == 3 and self.block_m >= 64):
+        if self.block_m in (16, 32) or (self.consumers >= 3 and self.block_m >= 64):
             return 4
         # Shared tiles of 256 tokens with two spill 4 bytes and are no faster.
         return 1 if self.block_m == 128 or (self.block_m == 256 and self.share != 1) else 2
@@ -145,71 +145,71 @@ class _Cost:
 _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
     (
         HopperConfig(block_m=8, consumers=2, slots=6, span=2),
-        _Cost((3.1, 0.291), (4.5, 0.327), (5.5, 0.337)),
+        _Cost((2.8, 0.276), (4.2, 0.311), (5.2, 0.320)),
     ),
     (
         HopperConfig(block_m=8, consumers=4, slots=4, span=2),
-        _Cost((5.2, 0.490), (8.0, 0.533), (8.5, 0.624)),
+        _Cost((4.9, 0.465), (7.7, 0.506), (8.2, 0.593)),
     ),
     (
         HopperConfig(block_m=8, consumers=3, slots=5, span=2),
-        _Cost((4.1, 0.365), (6.7, 0.422), (7.5, 0.483)),
+        _Cost((3.8, 0.347), (6.4, 0.401), (7.2, 0.459)),
     ),
     (
         HopperConfig(block_m=16, consumers=2, slots=4, span=2),
-        _Cost((3.1, 0.327), (5.2, 0.333), (5.8, 0.376)),
+        _Cost((2.8, 0.306), (4.9, 0.311), (5.5, 0.352)),
     ),
     (
         HopperConfig(block_m=16, consumers=4, slots=4, span=2),
-        _Cost((5.8, 0.544), (8.9, 0.538), (9.5, 0.570)),
+        _Cost((5.5, 0.509), (8.6, 0.503), (9.2, 0.533)),
     ),
     (
         HopperConfig(block_m=16, consumers=3, slots=5, span=2),
-        _Cost((3.9, 0.459), (7.6, 0.403), (9.4, 0.463)),
+        _Cost((3.6, 0.429), (7.3, 0.377), (9.1, 0.433)),
     ),
     (
         HopperConfig(block_m=32, consumers=2, slots=4, span=2),
-        _Cost((3.3, 0.346), (6.3, 0.337), (7.7, 0.386)),
+        _Cost((3.0, 0.327), (6.0, 0.318), (7.4, 0.365)),
     ),
     (
         HopperConfig(block_m=32, consumers=4, slots=8),
-        _Cost((4.3, 0.659), (9.8, 0.644), (11.4, 0.784)),
+        _Cost((4.0, 0.623), (9.5, 0.609), (11.1, 0.741)),
     ),
     (
         HopperConfig(block_m=32, consumers=3, slots=4, span=2),
-        _Cost((3.7, 0.510), (8.4, 0.454), (11.0, 0.509)),
+        _Cost((3.4, 0.482), (8.1, 0.429), (10.7, 0.481)),
     ),
     (
         HopperConfig(block_m=32, consumers=2, slots=8, scale_weights=True),
-        _Cost((3.2, 0.403), (6.1, 0.388), (7.8, 0.421)),
+        _Cost((2.9, 0.381), (5.8, 0.367), (7.5, 0.398)),
     ),
     (
         HopperConfig(block_m=32, consumers=4, slots=8, scale_weights=True),
-        _Cost((4.6, 0.687), (9.8, 0.687), (11.4, 0.832)),
+        _Cost((4.3, 0.649), (9.5, 0.649), (11.1, 0.786)),
     ),
     (
         HopperConfig(block_m=64, consumers=2, slots=4, span=2, meet=True),
-        _Cost((3.4, 0.476), (8.3, 0.441), (8.8, 0.534)),
+        _Cost((3.4, 0.471), (8.3, 0.437), (8.8, 0.529)),
     ),
     (
         HopperConfig(block_m=64, consumers=2, slots=8, scale_weights=True, meet=True),
-        _Cost((3.3, 0.504), (7.3, 0.479), (8.3, 0.588)),
+        _Cost((3.3, 0.499), (7.3, 0.474), (8.3, 0.582)),
     ),
     (
         HopperConfig(block_m=64, consumers=4, slots=6, meet=True),
-        _Cost((4.4, 0.910), (10.4, 0.788), (11.5, 0.929)),
+        _Cost((4.4, 0.887), (10.4, 0.768), (11.5, 0.906)),
     ),
     (
         HopperConfig(block_m=64, consumers=4, slots=6, scale_weights=True, meet=True),
-        _Cost((4.4, 0.914), (10.4, 0.792), (11.5, 0.934)),
+        _Cost((4.4, 0.891), (10.4, 0.772), (11.5, 0.911)),
     ),
     (
         HopperConfig(block_m=64, consumers=3, slots=7, meet=True),
-        _Cost((2.4, 0.687), (8.2, 0.649), (11.2, 0.697)),
+        _Cost((2.4, 0.670), (8.2, 0.633), (11.2, 0.680)),
     ),
     (
         HopperConfig(block_m=64, consumers=3, slots=7, scale_weights=True, meet=True),
-        _Cost((3.2, 0.689), (9.5, 0.642), (11.1, 0.714)),
+        _Cost((3.2, 0.672), (9.5, 0.626), (11.1, 0.696)),
     ),
     (
         HopperConfig(block_m=128, consumers=2, slots=4, scale_weights=True, meet=True, out_parts=2),
@@ -224,7 +224,7 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
             meet=True,
             out_parts=4,
         ),
-        _Cost((2.8, 0.955), (9.9, 0.979), (14.4, 1.060)),
+        _Cost((2.8, 0.947), (9.9, 0.971), (14.4, 1.052)),
     ),
     (
         HopperConfig(

@@ -75,7 +75,7 @@ _ROUND_US = 0.53
 _COSTS: dict[tuple[int, int], _Cost] = {
     (32, 256): _Cost(3.06, 0.061),
     (64, 256): _Cost(2.97, 0.068),
-    (128, 128): _Cost(2.98, 0.155),
+    (128, 256): _Cost(2.35, 0.155),
     (256, 128): _Cost(2.58, 0.321),
 }
 CONFIGS = tuple(FusedConfig(m, n, k) for m in (1, 2, 4, 8) for n, k in _COSTS)

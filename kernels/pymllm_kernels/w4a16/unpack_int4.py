@@ -1,0 +1,108 @@
+"""Unpacking int4 weights, four to a 16-bit word: see ``SlicedInt4`` in ``layout``.
+
+A 16-bit float that has a word's bits in its mantissa adds their value. Of bf16 that are the lowest 8 bits
+of subnormal numbers and of the first normal ones, code * 2**-133; of fp16 the mantissa of 1024. So two
+of four codes need no shift: one bit operation and one multiply-add a pair of weights, exact.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Both take one 32-bit register of two words and give one of two 16-bit floats for each of 4 codes. A0 to
+# A3 stand for what is added to each.
+_FROM_BF16 = """{
+.reg .b32 t, u, high, low;
+mov.b32 low, 0x7F007F00;
+mov.b32 high, 0x7D007D00;
+and.b32 t, $4, 0x000F000F;
+fma.rn.bf16x2 $0, t, low, A0;
+and.b32 t, $4, 0x00F000F0;
+fma.rn.bf16x2 $1, t, high, A1;
+shr.u32 u, $4, 8;
+and.b32 t, u, 0x000F000F;
+fma.rn.bf16x2 $2, t, low, A2;
+and.b32 t, u, 0x00F000F0;
+fma.rn.bf16x2 $3, t, high, A3;
+}"""
+_FROM_FP16 = """{
+.reg .b32 t, u, high;
+mov.b32 high, 0x2C002C00;
+lop3.b32 t, $4, 0x000F000F, 0x64006400, 0xEA;
+add.rn.f16x2 $0, t, A0;
+lop3.b32 t, $4, 0x00F000F0, 0x64006400, 0xEA;
+fma.rn.f16x2 $1, t, high, A1;
+shr.u32 u, $4, 8;
+lop3.b32 t, u, 0x000F000F, 0x64006400, 0xEA;
+add.rn.f16x2 $2, t, A2;
+lop3.b32 t, u, 0x00F000F0, 0x64006400, 0xEA;
+fma.rn.f16x2 $3, t, high, A3;
+}"""
+
+
+def _given(assembly: str) -> tl.constexpr:
+    """With addends in registers."""
+    for i in range(4):
+        assembly = assembly.replace(f"A{i}", f"${5 + i}")
+    return tl.constexpr(assembly)
+
+
+def _of_eight(assembly: str, low: str, high: str) -> tl.constexpr:
+    """With those of a zero point of 8, of codes 0 and 2 and of codes 1 and 3."""
+    for i in range(4):
+        assembly = assembly.replace(f"A{i}", "more_high" if i % 2 else "more_low")
+    numbers = (
+        f".reg .b32 more_low, more_high;\nmov.b32 more_low, {low};\nmov.b32 more_high, {high};\n"
+    )
+    return tl.constexpr(assembly.replace("{\n", "{\n" + numbers, 1))
+
+
+_INT4_LESS_ZERO_BF16, _INT4_LESS_ZERO_FP16 = _given(_FROM_BF16), _given(_FROM_FP16)
+# -8 / 64; -(1024 + 8) and -(1024 / 16 + 8).
+_INT4_LESS_8_BF16 = _of_eight(_FROM_BF16, "0xBE00BE00", "0xBE00BE00")
+_INT4_LESS_8_FP16 = _of_eight(_FROM_FP16, "0xE408E408", "0xD480D480")
+
+
+@triton.jit
+def less_8(words, HALF: tl.constexpr):
+    """4 tiles of ``(code - 8) / 64`` (bf16) or ``code - 8`` (fp16)."""
+    if HALF == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _INT4_LESS_8_BF16, "=r,=r,=r,=r,r", [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            _INT4_LESS_8_FP16, "=r,=r,=r,=r,r", [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def addends(zero, HALF: tl.constexpr):
+    """What :func:`less_zero` adds for zero points, int8 from 0 to 15: to codes 0 and 2, to 1 and 3."""
+    bits = zero.to(tl.int16)
+    if HALF == tl.bfloat16:
+        # A zero point of 15 is as far as codes are, 2**-133 each.
+        low = bits.to(HALF, bitcast=True) * -(2.0**127)
+        high = low
+    else:
+        low = -((bits | 0x6400).to(HALF, bitcast=True))
+        high = low + 960.0
+    return low, high
+
+
+@triton.jit
+def less_zero(words, a0, a1, a2, a3, HALF: tl.constexpr):
+    """4 tiles of ``(code - zero) / 64`` (bf16) or ``code - zero`` (fp16), from their :func:`addends`."""
+    if HALF == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _INT4_LESS_ZERO_BF16, "=r,=r,=r,=r,r,r,r,r,r", [words, a0, a1, a2, a3],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            _INT4_LESS_ZERO_FP16, "=r,=r,=r,=r,r,r,r,r,r", [words, a0, a1, a2, a3],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
