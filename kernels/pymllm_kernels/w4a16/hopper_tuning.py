@@ -137,39 +137,37 @@ class _Cost:
     stream: tuple[float, float]
 
 
-# Up to 32 tokens, and even shares of 128, fitted over 1,400 times of the shipped table. Of its 2,421 entries
-# from 16 tokens on, what they choose is the best or within 3 % in 2,089, and one of the two fastest, up to
-# 10 % slower, in all but 5 of 98 others; of 234 the time is not known. Weights asked for early have saved
-# 0.1 to 0.8 us up to 32 tokens since: with starts less by 0.3, by those times 20 instead of 9 of 269 choices at 16
-# tokens were tiles where the kernel for few tokens is the fastest.
+# Up to 32 tokens fitted over 1,259 times of the shipped table, from 64 on less by what one shift a word saves. Of
+# its 2,421 entries from 16 tokens on, what they choose is the best or within 3 % in 2,110, and one of the two
+# fastest, up to 11 % slower, in 81 others; of 230 the time is not known.
 _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
     (
         HopperConfig(block_m=8, consumers=2, slots=6, span=2),
-        _Cost((2.8, 0.276), (4.2, 0.311), (5.2, 0.320)),
+        _Cost((3.0, 0.269), (4.8, 0.287), (5.3, 0.323)),
     ),
     (
         HopperConfig(block_m=8, consumers=4, slots=4, span=2),
-        _Cost((4.9, 0.465), (7.7, 0.506), (8.2, 0.593)),
+        _Cost((3.2, 0.505), (7.7, 0.506), (8.2, 0.593)),
     ),
     (
         HopperConfig(block_m=8, consumers=3, slots=5, span=2),
-        _Cost((3.8, 0.347), (6.4, 0.401), (7.2, 0.459)),
+        _Cost((3.7, 0.391), (6.4, 0.401), (7.2, 0.459)),
     ),
     (
         HopperConfig(block_m=16, consumers=2, slots=4, span=2),
-        _Cost((2.8, 0.306), (4.9, 0.311), (5.5, 0.352)),
+        _Cost((3.1, 0.283), (5.3, 0.278), (5.7, 0.336)),
     ),
     (
         HopperConfig(block_m=16, consumers=4, slots=4, span=2),
-        _Cost((5.5, 0.509), (8.6, 0.503), (9.2, 0.533)),
+        _Cost((3.4, 0.546), (8.6, 0.503), (14.8, 0.502)),
     ),
     (
         HopperConfig(block_m=16, consumers=3, slots=5, span=2),
-        _Cost((3.6, 0.429), (7.3, 0.377), (9.1, 0.433)),
+        _Cost((4.1, 0.417), (7.7, 0.358), (9.1, 0.433)),
     ),
     (
         HopperConfig(block_m=32, consumers=2, slots=4, span=2),
-        _Cost((3.0, 0.327), (6.0, 0.318), (7.4, 0.365)),
+        _Cost((3.0, 0.327), (6.2, 0.296), (7.4, 0.365)),
     ),
     (
         HopperConfig(block_m=32, consumers=4, slots=8),
@@ -177,11 +175,11 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
     ),
     (
         HopperConfig(block_m=32, consumers=3, slots=4, span=2),
-        _Cost((3.4, 0.482), (8.1, 0.429), (10.7, 0.481)),
+        _Cost((3.4, 0.482), (8.1, 0.420), (10.7, 0.481)),
     ),
     (
         HopperConfig(block_m=32, consumers=2, slots=8, scale_weights=True),
-        _Cost((2.9, 0.381), (5.8, 0.367), (7.5, 0.398)),
+        _Cost((2.9, 0.381), (6.4, 0.348), (7.5, 0.398)),
     ),
     (
         HopperConfig(block_m=32, consumers=4, slots=8, scale_weights=True),
