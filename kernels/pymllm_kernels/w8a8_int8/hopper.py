@@ -272,8 +272,7 @@ def w8a8_int8_hopper_kernel(
     out_slots = gl.allocate_shared_memory(out_desc.dtype, out_shape, out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    # Only where it is used: memory of a barrier that no warp needs any more is given to others, and
-    # what the hardware still does with the barrier overwrites what they put there.
+    # Only where it is used: see ``testing.aot.idle_barriers``.
     if PING_PONG:
         turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     else:

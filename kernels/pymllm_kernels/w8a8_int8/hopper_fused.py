@@ -206,8 +206,9 @@ def _write_asymmetric(tokens, rows_of_codes, factor, inverse, shift, finite):
 
 @gluon.jit
 def _write_symmetric(tokens, rows_of_codes, top, factor, inverse):
-    usual = gl.min(((factor == 1.0) & (top < _INFINITE)).to(gl.int32), 0)
-    if usual != 0:
+    # Zeros, as tokens beyond M are, are codes of 0 either way.
+    usual = ((factor == 1.0) | (top == 0)) & (top < _INFINITE)
+    if gl.min(usual.to(gl.int32), 0) != 0:
         # Nearly always: a product and a selection a value less.
         for r in gl.static_range(len(tokens)):
             v = _one_of(inverse, r)
@@ -359,9 +360,7 @@ def w8a8_int8_fused_hopper(
     zeros = gl.allocate_shared_memory(gl.int32, [_CODE_ROWS], flat)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    # Only where it is used: memory of a barrier that no warp needs any more is given to others, and
-    # what the hardware still does with the barrier overwrites what they put there. 24 steps of 64
-    # features got wrong scales that way.
+    # Only where it is used: see ``testing.aot.idle_barriers``. 24 steps of 64 features got wrong scales.
     if CONSUMERS > 1:
         ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     else:
