@@ -97,7 +97,7 @@ _MEASURED = (
     _Measured(_wide(8, 7, row_warps=4), 1.77, 1.77, 0.451, 0.448, 4, 4),  # of few times
     _Measured(_wide(16, 2), 1.72, 0.30, 0.562, 1.104, 4, 4),
     _Measured(_wide(16, 3), 1.12, 1.12, 0.562, 1.021, 4, 4),
-    _Measured(_wide(16, 4, mix=2), 2.69, 0.30, 0.584, 0.638, 2, 2),
+    _Measured(_wide(16, 4, mix=2), 2.49, 0.30, 0.584, 0.638, 2, 2),
     _Measured(_wide(16, 5), 3.14, 1.11, 0.439, 0.592, 4, 2),  # of few times
 )
 _OF_CONFIG = {measured.config: measured for measured in _MEASURED}
