@@ -16,9 +16,9 @@ from pymllm_kernels.common.specialization import Specialization
 
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-# C75xx are the remarks about wgmma, among them that all of them were serialised.
 _BARRIERS = re.compile(r"(%\w+) = ttg\.local_alloc\b.*-> !ttg\.memdesc<(?:\d+x)+i64\b")
 _GIVEN_TO_PARTITIONS = re.compile(r"\bttg\.warp_specialize\(([^)]*)\)")
+# C75xx are the remarks about wgmma, among them that all of them were serialised.
 _MESSAGE = re.compile(r"\(C\d{4}\)|\bwarning\b|\bwgmma\b", re.IGNORECASE)
 
 
@@ -53,10 +53,8 @@ def idle_barriers(ttgir: str) -> list[str]:
     After its last use Triton hands the memory of a barrier to others without invalidating it, which PTX
     asks for: on an H200, sums kept there came back as other numbers.
     """
-    given = " ".join(_GIVEN_TO_PARTITIONS.findall(ttgir))
-    return [
-        name for name in _BARRIERS.findall(ttgir) if name not in given.replace(",", " ").split()
-    ]
+    given = ",".join(_GIVEN_TO_PARTITIONS.findall(ttgir)).replace(" ", "").split(",")
+    return [name for name in _BARRIERS.findall(ttgir) if name not in given]
 
 
 class AotError(RuntimeError):

@@ -17,40 +17,8 @@ import triton
 import triton.language as tl
 
 from pymllm_kernels.common.triton_helpers import grouped_tile
+from pymllm_kernels.w4a16.unpack_int4 import or_magic_int4
 from pymllm_kernels.w4a16.unpack_int8 import magic_int8
-
-# One 32-bit register of two 16-bit words in, four registers of two 16-bit floats out.
-_OR_MAGIC = """{
-.reg .b32 t;
-lop3.b32 $0, $4, 0x000F000F, MAGIC, 0xEA;
-shr.u32 t, $4, 4;
-lop3.b32 $1, t, 0x000F000F, MAGIC, 0xEA;
-shr.u32 t, $4, 8;
-lop3.b32 $2, t, 0x000F000F, MAGIC, 0xEA;
-shr.u32 t, $4, 12;
-lop3.b32 $3, t, 0x000F000F, MAGIC, 0xEA;
-}"""
-_OR_MAGIC_BF16 = tl.constexpr(_OR_MAGIC.replace("MAGIC", "0x43004300"))
-_OR_MAGIC_FP16 = tl.constexpr(_OR_MAGIC.replace("MAGIC", "0x64006400"))
-
-
-@triton.jit
-def or_magic_int4(words, HALF: tl.constexpr):
-    """16-bit words to 4 tiles of ``128 + code`` (bf16) or ``1024 + code`` (fp16), exact.
-
-    A code in the low mantissa bits of 128.0 (bf16) or 1024.0 (fp16) adds its own value: one lop3
-    a pair of weights where an integer conversion costs several instructions a weight.
-    """
-    if HALF == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            _OR_MAGIC_BF16, "=r,=r,=r,=r,r", [words],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            _OR_MAGIC_FP16, "=r,=r,=r,=r,r", [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Unpacking int4 weights, four to a 16-bit word: see ``SlicedInt4`` in ``layout``.
 
-A 16-bit float that has a word's bits in its mantissa adds their value. Of bf16 that are the lowest 8 bits
-of subnormal numbers and of the first normal ones, code * 2**-133; of fp16 the mantissa of 1024. So two
-of four codes need no shift: one bit operation and one multiply-add a pair of weights, exact.
+A code in the mantissa of a 16-bit float adds its own value: one bit operation a pair of weights, where an
+integer conversion costs several a weight. In the lowest 7 bits of 128 (bf16) or 10 of 1024 (fp16) each of four
+codes but the first takes a shift. In the lowest 8 bits of the smallest bf16, code * 2**-133, and in the 10 of
+1024, two of four need none, and one multiply-add takes them to their size. All are exact.
 """
 
 from __future__ import annotations
@@ -10,8 +11,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Both take one 32-bit register of two words and give one of two 16-bit floats for each of 4 codes. A0 to
-# A3 stand for what is added to each.
+# All take one 32-bit register of two words and give one of two 16-bit floats for each of 4 codes.
+_OR_MAGIC = """{
+.reg .b32 t;
+lop3.b32 $0, $4, 0x000F000F, MAGIC, 0xEA;
+shr.u32 t, $4, 4;
+lop3.b32 $1, t, 0x000F000F, MAGIC, 0xEA;
+shr.u32 t, $4, 8;
+lop3.b32 $2, t, 0x000F000F, MAGIC, 0xEA;
+shr.u32 t, $4, 12;
+lop3.b32 $3, t, 0x000F000F, MAGIC, 0xEA;
+}"""
+_OR_MAGIC_BF16 = tl.constexpr(_OR_MAGIC.replace("MAGIC", "0x43004300"))
+_OR_MAGIC_FP16 = tl.constexpr(_OR_MAGIC.replace("MAGIC", "0x64006400"))
+# A0 to A3 stand for what is added to each code.
 _FROM_BF16 = """{
 .reg .b32 t, u, high, low;
 mov.b32 low, 0x7F007F00;
@@ -65,18 +78,32 @@ _INT4_LESS_8_FP16 = _of_eight(_FROM_FP16, "0xE408E408", "0xD480D480")
 
 
 @triton.jit
-def less_8(words, HALF: tl.constexpr):
-    """4 tiles of ``(code - 8) / 64`` (bf16) or ``code - 8`` (fp16)."""
+def _four(ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, operands, HALF: tl.constexpr):
+    """Triton takes the types of what comes out as names only."""
     if HALF == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            _INT4_LESS_8_BF16, "=r,=r,=r,=r,r", [words],
+            ASSEMBLY, CONSTRAINTS, operands,
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            _INT4_LESS_8_FP16, "=r,=r,=r,=r,r", [words],
+            ASSEMBLY, CONSTRAINTS, operands,
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
+
+
+@triton.jit
+def or_magic_int4(words, HALF: tl.constexpr):
+    """4 tiles of ``128 + code`` (bf16) or ``1024 + code`` (fp16)."""
+    ASSEMBLY: tl.constexpr = _OR_MAGIC_BF16 if HALF == tl.bfloat16 else _OR_MAGIC_FP16
+    return _four(ASSEMBLY, "=r,=r,=r,=r,r", (words,), HALF)
+
+
+@triton.jit
+def less_8(words, HALF: tl.constexpr):
+    """4 tiles of ``(code - 8) / 64`` (bf16) or ``code - 8`` (fp16)."""
+    ASSEMBLY: tl.constexpr = _INT4_LESS_8_BF16 if HALF == tl.bfloat16 else _INT4_LESS_8_FP16
+    return _four(ASSEMBLY, "=r,=r,=r,=r,r", (words,), HALF)
 
 
 @triton.jit
@@ -96,13 +123,5 @@ def addends(zero, HALF: tl.constexpr):
 @triton.jit
 def less_zero(words, a0, a1, a2, a3, HALF: tl.constexpr):
     """4 tiles of ``(code - zero) / 64`` (bf16) or ``code - zero`` (fp16), from their :func:`addends`."""
-    if HALF == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            _INT4_LESS_ZERO_BF16, "=r,=r,=r,=r,r,r,r,r,r", [words, a0, a1, a2, a3],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            _INT4_LESS_ZERO_FP16, "=r,=r,=r,=r,r,r,r,r,r", [words, a0, a1, a2, a3],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
+    ASSEMBLY: tl.constexpr = _INT4_LESS_ZERO_BF16 if HALF == tl.bfloat16 else _INT4_LESS_ZERO_FP16
+    return _four(ASSEMBLY, "=r,=r,=r,=r,r,r,r,r,r", (words, a0, a1, a2, a3), HALF)
