@@ -14,7 +14,7 @@ from pymllm_kernels import ops, planned_device
 from pymllm_kernels.common import launcher
 from pymllm_kernels.gather_inputs import launch as gather
 from pymllm_kernels.per_token_quant_int8 import launch as quant
-from pymllm_kernels.tuning import state
+from pymllm_kernels.tuning import resolve, state
 from pymllm_kernels.w4a16 import hopper_decode_launch, hopper_launch
 from pymllm_kernels.w4a16.hopper_tuning import HopperConfig
 from pymllm_kernels.w4a16.tunable import HOPPER as W4A16
@@ -138,6 +138,43 @@ def test_few_tokens_in_act_order() -> None:
         "stride_xk": 2,
     }  # fmt: skip
     assert (next_given["x_ptr"], next_given["stride_x8"]) == (gathered, 512)
+
+
+def test_one_token_in_act_order() -> None:
+    """One launch, which reads the token where it is; two where it has gaps or is not on 16 bytes."""
+    weight, scale = torch.empty(32, 4096, 32, dtype=torch.int16), torch.empty(32, 4096, dtype=BF16)
+    out, perm = torch.empty(1, 4096, dtype=BF16), torch.randperm(4096).to(torch.int32)
+    wide = torch.randn(3, 8192 + 16).to(BF16)
+    for x in (wide[1:2, 8:4104], wide[1, 8:4104].view(1, 4096), wide[1:2, 8:4104].contiguous()):
+        hopper_launch.launch(x, weight, scale, None, None, out, group_size=128, perm=perm)
+        ((name, programs, given),) = Kernel.launches
+        assert name.startswith("w4a16-decode") and name.endswith("kept-act-order-4096")
+        assert programs == 132
+        addresses = {"x_ptr": x, "perm_ptr": perm, "weight_ptr": weight, "scale_ptr": scale}
+        assert given == {name: t.data_ptr() for name, t in addresses.items()} | {
+            "out_ptr": out.data_ptr(), "M": 1, "N": 4096, "K": 4096, "groups": 32,
+            "stride_x8": 512, "share": 1, "more": 124,
+        }  # fmt: skip
+        Kernel.launches.clear()
+    for x in (wide[1:2, 1:4097], wide[1:2, :8192:2]):
+        hopper_launch.launch(x, weight, scale, None, None, out, group_size=128, perm=perm)
+        (gathering, _, _), (name, _, given) = Kernel.launches
+        assert gathering == "gather-inputs-strided" and name.endswith("act-order")
+        assert "perm_ptr" not in given
+        Kernel.launches.clear()
+
+
+@pytest.mark.parametrize("m", [1, 2, 40])
+@pytest.mark.parametrize("k", [4096, 32768])
+def test_forms_are_what_a_call_in_act_order_launches(m: int, k: int) -> None:
+    weight, scale = torch.empty(k // 128, 256, 32, dtype=torch.int16), torch.empty(k // 128, 256)
+    perm, x = torch.arange(k, dtype=torch.int32), torch.empty(m, k, dtype=BF16)
+    key = hopper_key(256, k, 128, BF16, BF16, True, 4, act_order=True)
+    config = resolve(W4A16, key, m, HOPPER).config
+    hopper_launch.launch(x, weight, scale.to(BF16), None, None, group_size=128, perm=perm)
+    layer = hopper_launch.HopperLayer(256, k, 128, 128, BF16, BF16, False, None, True)
+    declared = [form.specialization().name for form in hopper_launch.forms(layer, config)]
+    assert declared == [name for name, _, _ in Kernel.launches]
 
 
 def test_activations_in_act_order_start_anywhere() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -37,10 +38,14 @@ def test_candidates(form: HopperForm) -> None:
     for m in (1, 8, 9, 16):
         found = list(candidates(m, 4096, 4096, form, 132, SHARED))
         for cost, config in found:
-            assert cost > 0 and why_invalid(config, m, form, SHARED) is None
+            assert cost > 0 and why_invalid(config, m, 4096, form, SHARED) is None
             # Eight tokens more than needed are never faster.
             assert config.block_m - m < 8
-    assert list(candidates(1, 4096, 4096, form, 132, SHARED))
+            assert m == 1 or not config.keep
+    assert {config.keep for _, config in candidates(1, 4096, 4096, form, 132, SHARED)} == {
+        True,
+        False,
+    }
     assert not list(candidates(17, 4096, 4096, form, 132, SHARED))
 
 
@@ -56,12 +61,40 @@ def test_passes_and_steps() -> None:
     assert DecodeConfig(8, rows=2).steps(528, 4104, 132) == (1, 3)
 
 
+def test_what_is_kept() -> None:
+    """One token, as long as every multiprocessor keeps no more than 8,192 values."""
+    four, two_programs = DecodeConfig(8, 4, keep=True), DecodeConfig(8, 4, warps=8, keep=True)
+    assert two_programs.together == 2
+    rows = [four.row(k) for k in (128, 2048, 2056, 4096, 7168, 8192)]
+    assert rows == [2048, 2048, 4096, 4096, 8192, 8192]
+    assert why_invalid(four, 1, 8192, FORM, SHARED) is None
+    assert "up to 8192 values, found K = 8200" in str(why_invalid(four, 1, 8200, FORM, SHARED))
+    assert "up to 4096 values, found K = 4104" in str(
+        why_invalid(two_programs, 1, 4104, FORM, SHARED)
+    )
+    assert "up to 1 tokens, found 2" in str(why_invalid(four, 2, 4096, FORM, SHARED))
+    for config in CONFIGS:
+        # Whole steps of all warps; tiles of 16 tokens are not for one.
+        assert config.row(8) % (128 * config.warps // config.row_warps) == 0
+        assert not config.keep or config.block_m == 8
+
+
+def test_act_order_costs_a_kept_token_no_launch() -> None:
+    ordered = replace(FORM, act_order=True)
+    for m in (1, 2):
+        plain = {c: us for us, c in candidates(m, 4096, 4096, FORM, 132, SHARED)}
+        found = {c: us for us, c in candidates(m, 4096, 4096, ordered, 132, SHARED)}
+        assert found.keys() == plain.keys()
+        for config, us in found.items():
+            assert (us - plain[config] > 1) == (not config.keep)
+
+
 def test_what_cannot_be_run() -> None:
     four, five = DecodeConfig(8, rows=4), DecodeConfig(8, rows=5)
-    assert why_invalid(four, 8, FORM, SHARED) is None
-    assert "up to 8 tokens, found 9" in str(why_invalid(four, 9, FORM, SHARED))
-    assert "found 64" in str(why_invalid(four, 1, HopperForm(block_k=64), SHARED))
-    assert "found 2" in str(why_invalid(four, 1, HopperForm(runs=2), SHARED))
-    assert why_invalid(five, 1, HopperForm(parameter_bytes=3), SHARED) is not None
-    assert "is none of" in str(why_invalid(DecodeConfig(8, rows=6), 1, FORM, SHARED))
-    assert "32768 bytes" in str(why_invalid(four, 1, FORM, 32 * 1024 - 1))
+    assert why_invalid(four, 8, 4096, FORM, SHARED) is None
+    assert "up to 8 tokens, found 9" in str(why_invalid(four, 9, 4096, FORM, SHARED))
+    assert "found 64" in str(why_invalid(four, 1, 4096, HopperForm(block_k=64), SHARED))
+    assert "found 2" in str(why_invalid(four, 1, 4096, HopperForm(runs=2), SHARED))
+    assert why_invalid(five, 1, 4096, HopperForm(parameter_bytes=3), SHARED) is not None
+    assert "is none of" in str(why_invalid(DecodeConfig(8, rows=6), 1, 4096, FORM, SHARED))
+    assert "32768 bytes" in str(why_invalid(four, 1, 4096, FORM, 32 * 1024 - 1))

@@ -15,7 +15,8 @@ hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 if not hopper:
     pytest.skip("needs a GPU of capability 9.0", allow_module_level=True)
 
-from pymllm_kernels.w4a16.hopper_launch import form_of, launch
+from pymllm_kernels.w4a16.hopper_decode_launch import PreparedDecode
+from pymllm_kernels.w4a16.hopper_launch import find, form_of, launch
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -29,7 +30,8 @@ def prepared(layer: W4A16Layer) -> W4A16Weight:
 def valid(m: int, weight: W4A16Weight, group_size: int) -> list[DecodeConfig]:
     scale = weight.scale.dtype
     form = form_of(4 * weight.weight.shape[2], group_size, scale, scale, weight.zero is None)
-    return [config for config in CONFIGS if why_invalid(config, m, form, 227 * 1024) is None]
+    k = 128 * weight.weight.shape[0]
+    return [config for config in CONFIGS if why_invalid(config, m, k, form, 227 * 1024) is None]
 
 
 def run(
@@ -75,17 +77,18 @@ def test_shares_of_row_blocks(n: int, k: int, config: DecodeConfig) -> None:
     """One row block, several passes, and programs with one row block more than others."""
     layer = make_w4a16(n, k, 128, device="cuda")
     weight = prepared(layer)
-    x = torch.randn(config.block_m - 1, k, device="cuda").to(BF16)
+    x = torch.randn(1 if config.keep else config.block_m - 1, k, device="cuda").to(BF16)
     out = run(x, weight, None, 128, config)
     assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.rounded))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_inputs_that_end_inside_a_block(config: DecodeConfig) -> None:
-    layer = make_w4a16(272, 5112, -1, device="cuda")
+    k = 3192 if config.keep else 5112
+    layer = make_w4a16(272, k, -1, device="cuda")
     weight = prepared(layer)
     assert weight.weight.shape[2] == 32
-    x = torch.randn(3, 5112, device="cuda").to(BF16)
+    x = torch.randn(1 if config.keep else 3, k, device="cuda").to(BF16)
     out = run(x, weight, None, -1, config)
     assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.rounded))
 
@@ -110,7 +113,8 @@ def test_act_order_gives_the_bits_of_gathering_first(config: DecodeConfig, symme
     perm = weight.input_perm
     assert perm is not None
     base = torch.randn(16, 2 * 1408 + 1, device="cuda").to(BF16)
-    for m in (1, config.block_m):
+    # One token that is kept, in a row and on 16 bytes, is gathered by the kernel itself.
+    for m in (1,) if config.keep else (1, 2, config.block_m):
         for x in (base[:m, :1408].contiguous(), base[:m, 1:1409], base[:m, ::2][:, :1408]):
             expected = run(x[:, perm.long()], weight, None, 128, config)
             out = torch.full((m, 4096), float("nan"), dtype=BF16, device="cuda")
@@ -122,6 +126,81 @@ def test_act_order_gives_the_bits_of_gathering_first(config: DecodeConfig, symme
                 )  # fmt: skip
                 assert torch.equal(out, expected)
     assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.rounded))
+
+
+def gathers_in_one_launch(
+    x: torch.Tensor, weight: W4A16Weight, perm: torch.Tensor, group_size: int, config: DecodeConfig
+) -> bool:
+    found = find(x, weight._replace(input_perm=perm), None, group_size, config=config)
+    return isinstance(found, PreparedDecode)
+
+
+@pytest.mark.parametrize(
+    ("k", "group_size", "symmetric", "dtype"),
+    [
+        (128, 32, True, BF16), (256, 128, True, BF16), (1408, 64, False, FP16), (2048, 32, False, BF16),
+        (2176, 128, True, FP16), (4096, 128, False, BF16), (4096, 2048, True, BF16),
+        (5112, -1, False, FP16), (8192, 64, True, BF16), (14336, 128, True, BF16),
+        (16384, 32, True, FP16), (16384, 128, False, BF16), (16512, 128, True, BF16),
+    ],
+)  # fmt: skip
+def test_one_token_in_act_order(
+    k: int, group_size: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    """Put in order by the kernel itself, and by another where the token is too long or not in a row."""
+    n = 16 * (132 + 31)
+    layer = make_w4a16(n, k, group_size, symmetric=symmetric, dtype=dtype, device="cuda")
+    weight = prepared(layer)
+    perm = torch.randperm(k, device="cuda").to(torch.int32)
+    bias = torch.randn(n, device="cuda").to(dtype)
+    # Every third: all are compiled for one kind of layer in other tests. None keeps a token this long.
+    few = [c for c in valid(1, weight, group_size) if c.block_m == 8]
+    configs = [c for c in few if c.keep][::3] or few[::3]
+    assert configs[0].keep == (k <= 8192)
+    for start, step in ((8, 1), (9, 1), (8, 2)):
+        # What lies beside the token must not be read as part of it.
+        wide = torch.full((2 * k + 24,), float("nan"), dtype=dtype, device="cuda")
+        x = wide[start : start + step * k : step].unsqueeze(0)
+        x.copy_(torch.randn(1, k))
+        ordered = x[:, perm.long()]
+        exact = ordered.double() @ layer.exact.T + bias.double()
+        rounded = F.linear(ordered, layer.rounded, bias)
+        for config in configs if (start, step) == (8, 1) else configs[:1]:
+            itself = (start, step) == (8, 1) and config.keep
+            assert gathers_in_one_launch(x, weight, perm, group_size, config) == itself
+            out = torch.empty(1, n, dtype=dtype, device="cuda")
+            for _ in range(3):
+                launch(
+                    x, *weight[:3], bias, out.fill_(float("nan")), group_size=group_size, perm=perm,
+                    config=config,
+                )  # fmt: skip
+                assert torch.equal(out, run(ordered, weight, bias, group_size, config)), config
+            assert_as_accurate_as_torch(out, exact, rounded)
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.keep], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(16, 4096), (528, 1408), (28672, 640), (57344, 1024)])
+def test_one_token_in_act_order_of_shares_of_row_blocks(
+    n: int, k: int, config: DecodeConfig
+) -> None:
+    """Sums of the warps take the memory that the token was in before it was in order, again and again."""
+    layer = make_w4a16(n, k, 128, device="cuda")
+    weight = prepared(layer)
+    perm = torch.randperm(k, device="cuda").to(torch.int32)
+    x = torch.randn(1, k, device="cuda").to(BF16)
+    ordered = x[:, perm.long()]
+    assert gathers_in_one_launch(x, weight, perm, 128, config)
+    expected = run(ordered, weight, None, 128, config)
+    out = torch.empty_like(expected)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(500):
+        out.fill_(float("nan"))
+        launch(x, *weight[:3], None, out, group_size=128, perm=perm, config=config)
+        differing += (out != expected).any()
+    assert differing.item() == 0
+    assert_as_accurate_as_torch(
+        out, ordered.double() @ layer.exact.T, F.linear(ordered, layer.rounded)
+    )
 
 
 def test_act_order_in_a_graph_of_changing_activations() -> None:
@@ -177,7 +256,7 @@ def test_activations_of_one_sign() -> None:
 def test_ten_thousand_launches_give_the_same_bits(config: DecodeConfig) -> None:
     layer = make_w4a16(4096, 4096, 128, device="cuda")
     weight = prepared(layer)
-    x = torch.randn(config.block_m, 4096, device="cuda").to(BF16)
+    x = torch.randn(1 if config.keep else config.block_m, 4096, device="cuda").to(BF16)
     first = run(x, weight, None, 128, config)
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     out = torch.empty_like(first)

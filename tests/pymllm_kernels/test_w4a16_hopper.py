@@ -6,8 +6,10 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 
-from pymllm_kernels.common.sharing import STREAM_K
+from pymllm_kernels.common.sharing import HAND_ON, STREAM_K
+from pymllm_kernels.device import planned_device
 from pymllm_kernels.w4a16.hopper_tuning import (
     HopperConfig,
     HopperForm,
@@ -17,6 +19,7 @@ from pymllm_kernels.w4a16.hopper_tuning import (
     plan,
     why_invalid,
 )
+from pymllm_kernels.w4a16.tunable import HOPPER, hopper_key
 
 SHARED = 227 * 1024
 FORMS = [
@@ -84,6 +87,41 @@ def test_what_cannot_be_shared() -> None:
     assert plan(replace(config, share=STREAM_K), 16, 132 * 128, 4096, form, 132) is None
 
 
+def test_a_tile_is_handed_on_to_the_next_program_and_no_further() -> None:
+    """Every program begins at most one tile that it does not end, and ends at most one of another's."""
+    config = HopperConfig(block_m=16, consumers=2, slots=4, span=2, share=HAND_ON)
+    for n in (133 * 128, 200 * 128, 263 * 128, 1000 * 128):
+        grid = plan(config, 16, n, 4096, HopperForm(), 132)
+        assert grid is not None and grid.programs == 132
+        dealt = grid.tiles_n - grid.whole
+        assert 132 < dealt < 264 and grid.whole % 132 == 0
+        # A part for each of them: no more than two a program.
+        assert grid.part_elements(config) == dealt * 16 * 128
+        begun: dict[int, int] = {}
+        for program, (start, end) in enumerate(shares(dealt * grid.steps, 132)):
+            if start % grid.steps:
+                assert begun.pop(start // grid.steps) == program - 1
+            if end % grid.steps:
+                begun[end // grid.steps] = program
+        assert not begun
+    for n in (128, 132 * 128, 264 * 128):
+        assert plan(config, 16, n, 4096, HopperForm(), 132) is None
+    assert plan(replace(config, share=STREAM_K), 16, 133 * 128, 4096, HopperForm(), 132) is None
+
+
+def test_another_number_of_tiles_is_shared_in_another_way() -> None:
+    """Tuned for the bucket of M: even runs stay even runs, whole rounds are whole tiles."""
+    tiles = HopperConfig(block_m=64, consumers=2, slots=4, span=2, meet=True, out_parts=2)
+    key = hopper_key(4096, 4096, 128, torch.bfloat16, torch.bfloat16, True)
+    h200 = planned_device("9.0")
+    for m, share in ((64, STREAM_K), (300, HAND_ON), (264 * 2, HAND_ON)):
+        for tuned in (STREAM_K, HAND_ON):
+            taken = HOPPER.adapt(replace(tiles, share=tuned), key, m, h200)
+            assert taken == replace(tiles, share=share)
+    whole = HOPPER.adapt(replace(tiles, share=STREAM_K), replace(key, n=132 * 128), 64, h200)
+    assert whole == replace(tiles, share=1)
+
+
 @pytest.mark.parametrize(
     ("m", "n", "k", "block_m", "consumers", "share"),
     [
@@ -124,7 +162,8 @@ def test_three_consumers_fill_the_gpu_where_two_and_four_do_not() -> None:
 def test_what_a_program_stores_alone_goes_by_tma_from_32_tokens_on() -> None:
     for m, n in ((16, 4096), (64, 4096), (512, 6144)):
         for _, c in candidates(m, n, 4096, HopperForm(), 132, SHARED):
-            ways = (1,) if (c.block_m, c.consumers) == (64, 4) else (1, STREAM_K)
+            full = (c.block_m, c.consumers) == (64, 4)
+            ways = (1,) if full else (1, STREAM_K, HAND_ON)
             assert (c.out_parts > 0) == (c.block_m >= 128 or (c.block_m >= 32 and c.share in ways))
             assert c.block_m % max(c.out_parts, 1) == 0 and c.block_m // max(c.out_parts, 1) >= 8
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pymllm_kernels import device_facts, select_kernel
+from pymllm_kernels.common.sharing import HAND_ON
 from pymllm_kernels.common.workspace import counters
 from pymllm_kernels.testing.inputs import W4A16Layer, assert_as_accurate_as_torch, make_w4a16
 from pymllm_kernels.w4a16.api import W4A16Weight
@@ -97,6 +98,37 @@ def test_every_configuration(
         out = run(x, weight, bias, group_size, config, bits)
         assert_as_accurate_as_torch(out, exact, rounded)
         assert torch.equal(run(x, weight, bias, group_size, config, bits), out), config
+    assert not counters(DEVICE).any()
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "dtype", "k"),
+    [
+        (4, 128, True, BF16, 1408), (4, 32, False, FP16, 1536), (4, -1, False, BF16, 2112),
+        (8, 128, True, BF16, 1408), (8, 64, False, FP16, 1408),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tiles_that_are_handed_on(
+    bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, k: int
+) -> None:
+    """More tiles than multiprocessors, whatever their size, the last of them not whole."""
+    n = 133 * 256 + 16
+    layer = make_w4a16(n, k, group_size, bits=bits, symmetric=symmetric, dtype=dtype, device="cuda")
+    weight = prepared(layer)
+    bias = torch.randn(n, device="cuda").to(dtype)
+    seen = set()
+    for m in (3, 50, 300):
+        x = torch.randn(m, k, device="cuda").to(dtype)
+        exact = x.double() @ layer.exact.T + bias.double()
+        rounded = F.linear(x, layer.rounded, bias)
+        for config in configurations(m, n, k, weight, group_size, bits):
+            if config.share == HAND_ON:
+                out = run(x, weight, bias, group_size, config, bits)
+                assert_as_accurate_as_torch(out, exact, rounded)
+                assert torch.equal(run(x, weight, bias, group_size, config, bits), out), config
+                seen.add(config.block_m)
+    assert seen >= {8, 16, 32, 64, 128}
     assert not counters(DEVICE).any()
 
 
@@ -217,17 +249,20 @@ def test_graph(m: int) -> None:
         (4, 16, 4, 2), (4, 64, 4, 2), (4, 128, 4, 2), (4, 256, 1, 2), (4, 1024, 1, 2), (4, 40, 0, 2),
         (4, 16, 4, 3), (4, 64, 4, 3), (4, 128, 4, 3), (4, 256, 2, 3), (4, 512, 1, 3), (4, 40, 0, 3),
         (8, 16, 4, 2), (8, 64, 4, 2), (8, 128, 4, 2), (8, 1024, 1, 2), (8, 40, 0, 3), (8, 8, 1, 4),
+        (4, 16, -1, 2), (4, 16, -1, 4), (4, 64, -1, 3), (4, 128, -1, 2), (4, 256, -1, 2),
+        (8, 32, -1, 2),
     ],
 )  # fmt: skip
 def test_ten_thousand_launches_give_the_same_bits(
     bits: int, m: int, share: int, consumers: int
 ) -> None:
     """A wgmma register race, or a wrong count of sharers, would show from run to run."""
-    layer = make_w4a16(4096, 4096, 128, bits=bits, device="cuda")
+    n = 133 * 256 if share == HAND_ON else 4096
+    layer = make_w4a16(n, 4096, 128, bits=bits, device="cuda")
     weight = prepared(layer)
     x = torch.randn(m, 4096, device="cuda").to(BF16)
     most = 128 if consumers == 3 else 256
-    found = configurations(m, 4096, 4096, weight, 128, bits)
+    found = configurations(m, n, 4096, weight, 128, bits)
     found = [c for c in found if c.share == share and c.consumers == consumers]
     config = next(c for c in found if c.block_m >= min(m, most))
     first = run(x, weight, None, 128, config, bits)

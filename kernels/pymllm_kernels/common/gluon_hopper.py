@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 __all__ = [
     "GLUON_DTYPE",
+    "in_words",
     "load_early",
     "next_slot",
     "reinterpreted",
@@ -92,6 +93,15 @@ def reinterpreted(memory, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
         return memory.reinterpret(memory.dtype, SHAPE, LAYOUT)
     else:
         return memory._reinterpret(memory.dtype, SHAPE, LAYOUT)
+
+
+@gluon.jit
+def in_words(memory, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The bytes of shared memory as 32-bit integers under another shape and layout."""
+    if _REINTERPRET_IS_PUBLIC:
+        return memory.reinterpret(gl.int32, SHAPE, LAYOUT)
+    else:
+        return memory._reinterpret(gl.int32, SHAPE, LAYOUT)
 
 
 @gluon.jit

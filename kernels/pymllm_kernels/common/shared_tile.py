@@ -6,6 +6,10 @@ and more takes one program longer than the wait. Both add in the order of the pr
 depends neither on who was last nor on which way was taken.
 
 Waiting needs every program of the grid on the GPU at once, which a cooperative launch guarantees.
+
+Of more tiles than programs none is shared by more than two. The one that begins it does so before its
+last tiles and hands its sums on; the other one takes them on when it comes to the rest of the tile, last
+of all, and adds to them. It waits for a program of a lower number only, which started before it.
 """
 
 from __future__ import annotations
@@ -40,6 +44,50 @@ def leave_part(
         if is_last:
             gl.store(counter, 0)
     return is_last
+
+
+@gluon.jit
+def _place_of_part(
+    part_ptr, begun, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_M: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """Where the sums of tile ``begun`` of those that are dealt out lie: neighbours are a thread's.
+
+    By tile: places by program would be known before the loop over tiles, and their 64 bits of each
+    element held in registers through it.
+    """
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+    tokens = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
+    at = gl.expand_dims(rows * BLOCK_M, 1) + gl.expand_dims(tokens, 0)
+    return part_ptr + (begun * CONSUMERS + CONSUMER) * (ROWS * BLOCK_M) + at
+
+
+@gluon.jit
+def hand_on(
+    acc, part_ptr, count_ptr, begun, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    ROWS: gl.constexpr, BLOCK_M: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """Leaves the sums of a tile that this program began to the next program."""
+    program = gl.program_id(0)
+    gl.store(_place_of_part(part_ptr, begun, CONSUMER, CONSUMERS, ROWS, BLOCK_M, MMA), acc)
+    sync_threads()
+    gl.atomic_add(count_ptr + program * CONSUMERS + CONSUMER, 1, sem="release")
+
+
+@gluon.jit
+def take_on(
+    part_ptr, count_ptr, begun, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    ROWS: gl.constexpr, BLOCK_M: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """The sums of the tile that the program before this one began, whose counter is left as it was."""
+    program = gl.program_id(0) - 1
+    counter = count_ptr + program * CONSUMERS + CONSUMER
+    there = gl.atomic_add(counter, 0, sem="acquire")
+    while there == 0:
+        there = gl.atomic_add(counter, 0, sem="acquire")
+    gl.store(counter, 0)
+    place = _place_of_part(part_ptr, begun, CONSUMER, CONSUMERS, ROWS, BLOCK_M, MMA)
+    return gl.load(place, cache_modifier=".cg")
 
 
 @gluon.jit

@@ -2,8 +2,8 @@
 
 Work is cut into (tile, step of K) units. The first ``whole`` tiles go to programs whole, one after
 the other. The units of the rest are dealt out evenly and contiguously (stream-K, arXiv 2301.03598),
-so that a layer of few tiles fills the GPU too; a tile whose units fall to several programs is
-*shared* and they add up their parts.
+so that a layer of few tiles fills the GPU too, and one of several rounds of tiles to their end; a tile
+whose units fall to several programs is *shared* and they add up their parts.
 """
 
 from __future__ import annotations
@@ -31,28 +31,37 @@ def _program_of(unit, units, programs):
 
 
 @gluon.jit
-def count_segments(whole, tiles, steps):
-    """This program's whole tiles, and all its segments (whole tiles, then parts of tiles)."""
+def count_segments(whole, tiles, steps, DEALT: gl.constexpr):
+    """This program's whole tiles, and all its segments (whole tiles, then parts of tiles).
+
+    DEALT: whether units are dealt out; if not, ``whole`` is all tiles and nothing is divided.
+    """
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     own = gl.maximum(gl.cdiv(whole - program, programs), 0)
-    start, end = share_of(program, (tiles - whole) * steps, programs)
-    parts = gl.where(end > start, (end - 1) // steps - start // steps + 1, 0)
-    return own, own + parts
+    segments = own
+    if DEALT:
+        start, end = share_of(program, (tiles - whole) * steps, programs)
+        segments += gl.where(end > start, (end - 1) // steps - start // steps + 1, 0)
+    return own, segments
 
 
 @gluon.jit
-def segment(i, own, whole, tiles, steps):
+def segment(i, own, whole, tiles, steps, DEALT: gl.constexpr):
     """Tile and first and last + 1 step of this program's segment ``i``."""
     program = gl.program_id(0)
     programs = gl.num_programs(0)
-    start, end = share_of(program, (tiles - whole) * steps, programs)
-    # Backwards: a part that a later program's last one is added to comes first.
-    part = (end - 1) // steps - (i - own)
-    is_part = i >= own
-    tile = gl.where(is_part, whole + part, program + i * programs)
-    first = gl.where(is_part, gl.maximum(start - part * steps, 0), 0)
-    last = gl.where(is_part, gl.minimum(end - part * steps, steps), steps)
+    tile = program + i * programs
+    first = 0 * steps
+    last = steps
+    if DEALT:
+        start, end = share_of(program, (tiles - whole) * steps, programs)
+        # Backwards: a part that a later program's last one is added to comes first.
+        part = (end - 1) // steps - (i - own)
+        is_part = i >= own
+        tile = gl.where(is_part, whole + part, tile)
+        first = gl.where(is_part, gl.maximum(start - part * steps, 0), 0)
+        last = gl.where(is_part, gl.minimum(end - part * steps, steps), steps)
     return tile, first, last
 
 

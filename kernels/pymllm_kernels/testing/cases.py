@@ -8,7 +8,7 @@ from operator import itemgetter
 
 import torch
 
-from pymllm_kernels.common.sharing import STREAM_K, compiled_config
+from pymllm_kernels.common.sharing import HAND_ON, STREAM_K, compiled_config
 from pymllm_kernels.common.specialization import Specialization
 from pymllm_kernels.device import DeviceFacts, planned_device
 from pymllm_kernels.per_token_quant_int8 import launch as quant_launch
@@ -64,6 +64,7 @@ _HOPPER_INT8_VARIANTS = (
 _DECODE_VARIANTS = (*_HOPPER_VARIANTS, "bf16-g128-asym", "bf16-g32")
 # The registers of groups of 128, but for an address or a wait at the start.
 _DECODE_VARIANTS_OF_SAME_REGISTERS = ("bf16-channel", "bf16-g128-act-order")
+_DECODE_VARIANTS_IN_ORDER = ("bf16-g128", "bf16-g64-asym", "fp16-g32-asym")
 
 
 def target_device(target: str) -> DeviceFacts:
@@ -115,14 +116,14 @@ def w4a16_hopper_cases() -> Iterator[Specialization]:
     plain, *others = (v for v in W4A16_VARIANTS if v.name in _HOPPER_VARIANTS)
     plain_int8, *others_int8 = _HOPPER_INT8_VARIANTS
     for config in _hopper_tiles(plain):
-        if config.share in (1, STREAM_K):
+        if config.share in (1, STREAM_K, HAND_ON):
             yield w4a16_hopper_case(plain, config, bias=config.share == 1)
     for config in _hopper_tiles(plain_int8):
-        if config.share == STREAM_K:
+        if config.share in (STREAM_K, HAND_ON):
             yield w4a16_hopper_case(plain_int8, config, bias=False)
     for variant in (*others, *others_int8):
         found = _hopper_tiles(variant)
-        tiles = {(c.block_m, c.consumers): c for c in found}
+        tiles = {(c.block_m, c.consumers): c for c in found if c.share != HAND_ON}
         for tile in ((16, 4), (16, 3), (64, 4), (128, 2), (128, 3)):
             yield w4a16_hopper_case(variant, tiles[tile])
         # Stored by TMA where they are whole.
@@ -140,7 +141,11 @@ def _hopper_tiles(variant: W4A16Variant) -> list[HopperW4A16Config]:
         variant.block_k, variant.group_size, variant.dtype, variant.dtype, not variant.zero,
         variant.bits,
     )  # fmt: skip
-    return [config for _, config in candidates(1, 128, variant.k, form, 132, 227 * 1024)]
+    # One tile, and more tiles than multiprocessors.
+    found: list[HopperW4A16Config] = []
+    for n in (128, 133 * 256):
+        found += [config for _, config in candidates(1, n, variant.k, form, 132, 227 * 1024)]
+    return list(dict.fromkeys(found))
 
 
 def w4a16_decode_cases() -> Iterator[Specialization]:
@@ -157,11 +162,19 @@ def w4a16_decode_cases() -> Iterator[Specialization]:
             4096, variant.k, variant.block_k, variant.group_size, variant.dtype, variant.dtype,
             variant.zero, variant.dtype if variant.zero else None, variant.act_order,
         )  # fmt: skip
-        valid = [c for c in CONFIGS if why_invalid(c, 1, layer.form, 227 * 1024) is None]
+        valid = [c for c in CONFIGS if why_invalid(c, 1, 2048, layer.form, 227 * 1024) is None]
         few = variant.name in _DECODE_VARIANTS_OF_SAME_REGISTERS
         for config in valid[:: len(valid) - 1] if few else valid:
-            form = specialization(layer, config)
-            yield replace(form, name=f"{form.name}-{variant.name}")
+            # The longest token that is kept: most registers.
+            k = next(
+                k for k in (8192, 4096) if not why_invalid(config, 1, k, layer.form, 227 * 1024)
+            )
+            forms = [specialization(layer, config, config.row(k))]
+            if config.keep and variant.name in _DECODE_VARIANTS_IN_ORDER:
+                ordered = layer._replace(act_order=True)
+                forms.append(specialization(ordered, config, config.row(k)))
+            for form in forms:
+                yield replace(form, name=f"{form.name}-{variant.name}")
     for k, even in ((4096, True), (14336, True), (28672, True), (53248, True), (4096, False)):
         yield gather.specialization(gather.form_of(torch.bfloat16, k, even))
 

@@ -35,10 +35,11 @@ class Resolved(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A configuration, or ``None`` and why not."""
+    """A configuration, or ``None`` and why not; ``by_rule``: another than the one that was measured."""
 
     config: Any
     reason: str
+    by_rule: bool = False
 
 
 def resolve(tunable: Tunable, key: TuningKey, m: int, facts: DeviceFacts) -> Resolved:
@@ -85,7 +86,8 @@ def resolve(tunable: Tunable, key: TuningKey, m: int, facts: DeviceFacts) -> Res
         if like is not None:
             found = _find(table_here, tunable, place._replace(key=like), m, facts, key)
             if found.config is not None:
-                return Resolved(found.config, "shipped", f"{like.told(place.m)} {found.reason}")
+                origin: Origin = "rule" if found.by_rule else "shipped"
+                return Resolved(found.config, origin, f"{like.told(place.m)} {found.reason}")
     _log.info("%s: by rule (%s)", key.told(place.m), told)
     return Resolved(tunable.rule(key, m, facts), "rule", told)
 
@@ -121,13 +123,17 @@ def _find(
     if entry is None:
         return _Found(None, _why_missing(table, place))
     try:
-        config = tunable.adapt(tunable.from_json(entry.config), key, m, facts)
+        lent = config = tunable.adapt(tunable.from_json(entry.config), key, m, facts)
+        if key != place.key:
+            config = tunable.borrowed(lent, key, m, facts)
         reason = tunable.why_invalid(config, key, m, facts)
     except (ValueError, ArithmeticError) as error:
         # The latter of numbers that make no sense, such as tiles of no tokens.
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         return _Found(None, reason)
+    if config != lent:
+        return _Found(config, f"takes {lent}, this kind of layer another", by_rule=True)
     return _Found(config, f"measured {entry.median_us:.4g} us on {entry.date}")
 
 

@@ -59,6 +59,10 @@ class Tunable:
         """A configuration tuned for the bucket as exactly ``m`` tokens take it."""
         return config
 
+    def borrowed(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
+        """What a layer takes to which the layer of :meth:`like` lends a configuration."""
+        return config
+
     def to_json(self, config: Config) -> dict[str, Any]:
         """The configuration as JSON values, with the name of its class."""
         for name, cls in self.kernels.items():

@@ -30,7 +30,7 @@ from pymllm_kernels.common.gluon_hopper import (
     tma_load,
     tma_store,
 )
-from pymllm_kernels.common.shared_tile import leave_part, meet, take_leave
+from pymllm_kernels.common.shared_tile import hand_on, leave_part, meet, take_leave, take_on
 from pymllm_kernels.common.stream_k import count_segments, segment, sharers
 from pymllm_kernels.common.triton_helpers import grouped_tile
 from pymllm_kernels.w4a16.hopper_block import add_block, add_scaled_weights, add_two_blocks
@@ -76,7 +76,7 @@ def _load_inputs(
 def _load_early(
     sources, shared, N, tiles_m, tiles_n, whole, steps,
     BLOCK_N: gl.constexpr, SPAN: gl.constexpr, GROUP_M: gl.constexpr, BOXES: gl.constexpr,
-    EARLY: gl.constexpr,
+    EARLY: gl.constexpr, DEALT: gl.constexpr,
 ):  # fmt: skip
     """Asks for the weights of the first EARLY steps before the warps part, which takes 0.6 us.
 
@@ -84,8 +84,8 @@ def _load_early(
     """
     _, weight_desc, _, _ = sources
     _, weight_smem, _, _, full, _, _ = shared
-    own, _segments = count_segments(whole, tiles_m * tiles_n, steps)
-    tile, first, last = segment(0, own, whole, tiles_m * tiles_n, steps)
+    own, _segments = count_segments(whole, tiles_m * tiles_n, steps, DEALT)
+    tile, first, last = segment(0, own, whole, tiles_m * tiles_n, steps, DEALT)
     _, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
     for i in gl.static_range(EARLY):
         for s in gl.static_range(SPAN):
@@ -101,7 +101,7 @@ def _producer(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SLICE_K: gl.constexpr,
     GROUP_SIZE: gl.constexpr, RUNS: gl.constexpr, BYTES: gl.constexpr,
     SLOTS: gl.constexpr, SPAN: gl.constexpr, GROUP_M: gl.constexpr, BOXES: gl.constexpr,
-    DEPENDENT: gl.constexpr, EARLY: gl.constexpr,
+    DEPENDENT: gl.constexpr, EARLY: gl.constexpr, DEALT: gl.constexpr,
 ):  # fmt: skip
     """Keeps the ring full, in whose first slots the weights of EARLY steps may be; one warp."""
     if DEPENDENT:
@@ -110,9 +110,9 @@ def _producer(
     _, weight_smem, _, _, full, empty, _ = shared
     slot = 0
     phase = 1
-    own, segments = count_segments(whole, tiles_m * tiles_n, steps)
+    own, segments = count_segments(whole, tiles_m * tiles_n, steps, DEALT)
     if EARLY > 0:
-        tile, first, last = segment(0, own, whole, tiles_m * tiles_n, steps)
+        tile, first, last = segment(0, own, whole, tiles_m * tiles_n, steps, DEALT)
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         for e in gl.static_range(EARLY):
             if first + e < last:
@@ -125,7 +125,7 @@ def _producer(
         loaded = gl.minimum(last - first, EARLY)
         slot, phase = slot_after(loaded, SLOTS)
     for i in range(segments):
-        tile, first, last = segment(i, own, whole, tiles_m * tiles_n, steps)
+        tile, first, last = segment(i, own, whole, tiles_m * tiles_n, steps, DEALT)
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         if EARLY > 0:
             # A variable that the loop sets to 0 is not carried by Triton: kernels hang.
@@ -185,8 +185,8 @@ def _consumer(
     shared, work,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr,
     RUNS: gl.constexpr, SCALE_WEIGHTS: gl.constexpr, SLOTS: gl.constexpr, SPAN: gl.constexpr,
-    GROUP_M: gl.constexpr, OUT_PARTS: gl.constexpr, SHARE: gl.constexpr, MEET: gl.constexpr,
-    JOIN: gl.constexpr,
+    GROUP_M: gl.constexpr, OUT_PARTS: gl.constexpr, SHARE: gl.constexpr, HAND_ON: gl.constexpr,
+    MEET: gl.constexpr, JOIN: gl.constexpr,
 ):  # fmt: skip
     _, _, _, _, full, empty, out_smem = shared
     problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps = work
@@ -196,12 +196,16 @@ def _consumer(
     tiles = tiles_m * tiles_n
     slot = 0
     phase = 0
-    own, segments = count_segments(whole, tiles, steps)
+    own, segments = count_segments(whole, tiles, steps, SHARE or HAND_ON)
     zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, MMA)
     for i in range(segments):
-        tile, first, last = segment(i, own, whole, tiles, steps)
+        tile, first, last = segment(i, own, whole, tiles, steps, SHARE or HAND_ON)
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         acc = zeros
+        if HAND_ON and first > 0:
+            acc = take_on(
+                part_ptr, count_ptr, tile - whole, CONSUMER, CONSUMERS, ROWS, BLOCK_M, MMA
+            )
         for _step in range(first, last):
             mbarrier.wait(full.index(slot), phase)
             if SCALE_WEIGHTS:
@@ -212,7 +216,9 @@ def _consumer(
                 acc = add_block(acc, zeros, shared, slot, CONSUMER, ROWS, RUNS, MMA, JOIN)
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = next_slot(slot, phase, SLOTS)
-        if SHARE and last - first < steps:
+        if HAND_ON and last < steps:
+            hand_on(acc, part_ptr, count_ptr, tile - whole, CONSUMER, CONSUMERS, ROWS, BLOCK_M, MMA)
+        elif SHARE and last - first < steps:
             sharer, last_sharer = sharers(tile, whole, tiles, steps)
             is_last = leave_part(
                 acc, part_ptr, count_ptr, sharer, last_sharer,
@@ -231,7 +237,7 @@ def _consumer(
             )  # fmt: skip
     if SHARE and MEET:
         for i in range(own, segments):
-            tile, first, last = segment(i, own, whole, tiles, steps)
+            tile, first, last = segment(i, own, whole, tiles, steps, SHARE or HAND_ON)
             if last - first < steps:
                 sharer, last_sharer = sharers(tile, whole, tiles, steps)
                 tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
@@ -256,7 +262,7 @@ def w4a16_gemm_hopper(
     out_desc,  # [M, N], boxes [BLOCK_M / OUT_PARTS, ROWS], or None
     out_ptr,  # [M, N]
     bias_ptr,  # [N] or None
-    part_ptr,  # fp32 [programs * 2 * CONSUMERS * ROWS * BLOCK_M] or None
+    part_ptr,  # fp32 [parts * CONSUMERS * ROWS * BLOCK_M], see Plan.part_elements, or None
     count_ptr,  # int32 [programs * CONSUMERS], zero before and after, or None
     M, N, groups, tiles_m, tiles_n, whole, steps, stride_om,
     BITS: gl.constexpr,
@@ -270,7 +276,8 @@ def w4a16_gemm_hopper(
     SPAN: gl.constexpr,  # blocks of K a slot and step
     GROUP_M: gl.constexpr,
     OUT_PARTS: gl.constexpr,  # pieces a tile is stored in by TMA, 0 for plain stores
-    SHARE: gl.constexpr,  # whether tiles may be shared
+    SHARE: gl.constexpr,  # whether tiles may be shared by any number of programs
+    HAND_ON: gl.constexpr,  # whether they are handed on from one program to the next
     MEET: gl.constexpr,  # whether sharers wait for each other, which needs a cooperative launch
     JOIN: gl.constexpr,  # slices of weights that are an operand of wgmma: 1, 2 or 4
     REGISTERS: gl.constexpr,  # of a consumer's thread
@@ -279,6 +286,7 @@ def w4a16_gemm_hopper(
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = CONSUMERS * ROWS
     WORDS: gl.constexpr = SLICE_K * BITS // 4
+    DEALT: gl.constexpr = SHARE or HAND_ON
     # Shapes in shared memory are powers of two: three consumers have a box of weights each, and
     # their scales come with those of the next 64 features.
     BOXES: gl.constexpr = 3 if CONSUMERS == 3 else 1
@@ -314,8 +322,9 @@ def w4a16_gemm_hopper(
     if EARLY > 0:
         fence_async_shared()
         _load_early(
-            sources, shared, N, tiles_m, tiles_n, whole, steps, BLOCK_N, SPAN, GROUP_M, BOXES, EARLY
-        )
+            sources, shared, N, tiles_m, tiles_n, whole, steps,
+            BLOCK_N, SPAN, GROUP_M, BOXES, EARLY, DEALT,
+        )  # fmt: skip
     for i in gl.static_range(SLOTS):
         if i >= EARLY:
             mbarrier.init(full.index(i), count=1)
@@ -332,36 +341,36 @@ def w4a16_gemm_hopper(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
                          SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
-                         DEPENDENT, EARLY)),
+                         DEPENDENT, EARLY, DEALT)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif CONSUMERS == 3:
         gl.warp_specialize([
             (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
                          SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
-                         DEPENDENT, EARLY)),
+                         DEPENDENT, EARLY, DEALT)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_consumer, (shared, work, 3, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
-                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, MEET, JOIN)),
+                         SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
                          SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
-                         DEPENDENT, EARLY)),
+                         DEPENDENT, EARLY, DEALT)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

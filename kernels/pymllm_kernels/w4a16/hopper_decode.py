@@ -23,6 +23,14 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
 from pymllm_kernels.common.row_blocks import add_warps, next_step, stack
+from pymllm_kernels.w4a16.hopper_decode_inputs import (
+    kept,
+    load_order,
+    load_step,
+    load_token,
+    load_x,
+    raised,
+)
 
 # Codes of slices 1 and 3 stay 4 bits up, times 16.
 _UNPACK_BF16 = gl.constexpr("""{
@@ -53,9 +61,6 @@ mma.sync.aligned.m16n8k16.row.col.f32.HALF.HALF.f32
 }"""
 _MMA_BF16 = gl.constexpr(_MMA.replace("HALF", "bf16"))
 _MMA_FP16 = gl.constexpr(_MMA.replace("HALF", "f16"))
-_RAISE = "{ .reg .b32 c; mov.b32 c, BY; mul.rn.bf16x2 $0, $1, c; }"
-_RAISE_EVEN = gl.constexpr(_RAISE.replace("BY", "0x5F805F80"))  # 2**64
-_RAISE_ODD = gl.constexpr(_RAISE.replace("BY", "0x5D805D80"))  # 2**60
 # A pair of scales to fp32, in weights' units.
 _SCALES = """{
 .reg .b32 t;
@@ -159,40 +164,6 @@ def _load_units(
             for i in gl.static_range(1, len(places)):
                 units += (gl.load(places[i] + R * ROW_WARPS * 8, mask=there, other=0),)
     return units
-
-
-@gluon.jit
-def _load_x(x_ptr, block, g, c, M, pieces, stride_x8, TILES: gl.constexpr):
-    """Pairs of one block of K a warp: 4 slices for every tile of 8 tokens."""
-    pair = gl.expand_dims(block * 64, 2) + c
-    eight = gl.expand_dims(block * 16, 2) + c // 4
-    xs = ()
-    for n in gl.static_range(TILES):
-        token = gl.expand_dims(g + n * 8, 2)
-        row = x_ptr.to(gl.pointer_type(gl.int32)) + (token * (stride_x8 * 4) + pair)
-        for j in gl.static_range(4):
-            # Within K by pieces of 8 inputs, so that one load takes a piece.
-            inside = (token < M) & (eight < pieces - j * 4)
-            xs += (gl.load(row + j * 16, mask=inside, other=0),)
-    return xs
-
-
-@gluon.jit
-def _raise(x, ODD: gl.constexpr):
-    asm: gl.constexpr = _RAISE_ODD if ODD else _RAISE_EVEN
-    return gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _raised(loaded, HALF: gl.constexpr):
-    """What ``_load_x`` loaded, as the products take it."""
-    xs = ()
-    for i in gl.static_range(len(loaded)):
-        if HALF == gl.bfloat16:
-            xs += (_raise(loaded[i], i % 2 == 1),)
-        else:
-            xs += (loaded[i],)
-    return xs
 
 
 @gluon.jit
@@ -300,6 +271,7 @@ def _finish(
 @gluon.jit(do_not_specialize=["M", "N", "K", "groups", "stride_x8", "share", "more"])
 def w4a16_decode_hopper(
     x_ptr,  # [M, K], rows of neighbours on 16 bytes
+    perm_ptr,  # int32 [K], the input at each column of the weight for M = 1, or None
     weight_ptr,  # int16 [blocks, N, 32]
     scale_ptr,  # [groups, N]
     zero_ptr,  # int8 [groups, N] or None
@@ -316,6 +288,7 @@ def w4a16_decode_hopper(
     PLACES: gl.constexpr,  # the power of two that holds ROWS * TILES
     TILES: gl.constexpr,  # tiles of 8 tokens, 1 or 2
     DEPENDENT: gl.constexpr,  # whether it is launched while x is still being written
+    ROW: gl.constexpr,  # the power of two that holds K of a token kept in shared memory, or 0
     WARPS: gl.constexpr,
     ROW_WARPS: gl.constexpr,  # warps with other row blocks of the same blocks of K
 ):  # fmt: skip
@@ -334,9 +307,6 @@ def w4a16_decode_hopper(
     last = first + share + gl.where(program < more, 1, 0)
     blocks = gl.cdiv(K, 128)
     steps = gl.cdiv(blocks, K_WARPS)
-    parts = gl.allocate_shared_memory(
-        gl.float32, [WARPS, PLACES * 128], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    )
     sources = (weight_ptr, scale_ptr, zero_ptr)
     sizes = (N, groups)
     zeros = gl.zeros([WARPS, 8, 16], gl.float32, L3)
@@ -344,12 +314,26 @@ def w4a16_decode_hopper(
     SCALE: gl.constexpr = scale_ptr.dtype.element_ty
     EACH: gl.constexpr = 2 + RUNS * (2 if ZERO else 1)
     TOGETHER: gl.constexpr = ROWS * ROW_WARPS
+    if ROW > 0:
+        # Before the weights: it would come behind all that are asked for at once.
+        token = load_token(x_ptr, K, ROW, WARPS)
+    if perm_ptr is not None:
+        source = load_order(perm_ptr, K, ROW, WARPS)
     places = _places(sources, sizes, w, first + r, g, c, RUNS, GROUP_SIZE)
     own = gl.where(w < blocks, first + r, last)
     units = _load_units(places, own, last, 0, ROWS, ROWS, ROW_WARPS)
     if DEPENDENT:
         gdc_wait()
-    loaded = _load_x(x_ptr, w, g, c, M, K // 8, stride_x8, TILES)
+    if perm_ptr is not None:
+        token = gl.gather(token, source, 0)
+    if ROW > 0:
+        row = kept(token, HALF, WARPS, ROW_WARPS)
+    else:
+        loaded = load_x(x_ptr, w, g, c, M, K // 8, stride_x8, TILES)
+    # Where the token was before it was put in order.
+    parts = gl.allocate_shared_memory(
+        gl.float32, [WARPS, PLACES * 128], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
     acc = (zeros,) * (ROWS * TILES)
     rb = first
     k = 0
@@ -360,9 +344,13 @@ def w4a16_decode_hopper(
         places = _places(sources, sizes, block, next_rb + r, g, c, RUNS, GROUP_SIZE)
         # Past the last for what is beyond K.
         own = gl.where(block < blocks, next_rb + r, last)
-        xs = _raised(loaded, HALF)
-        pieces = gl.where(next_rb < last, K // 8, 0)
-        loaded = _load_x(x_ptr, block, g, c, M, pieces, stride_x8, TILES)
+        if ROW > 0:
+            # From shared memory not a step ahead: its registers and moves cost more than the wait.
+            xs = load_step(row, k, L3, WARPS, ROW_WARPS)
+        else:
+            xs = raised(loaded, HALF)
+            pieces = gl.where(next_rb < last, K // 8, 0)
+            loaded = load_x(x_ptr, block, g, c, M, pieces, stride_x8, TILES)
         sums = _sums(xs, zeros, ZERO, HALF, RUNS, TILES)
         added = ()
         fetched = ()

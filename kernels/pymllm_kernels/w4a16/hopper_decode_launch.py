@@ -21,11 +21,19 @@ if TYPE_CHECKING:
     from pymllm_kernels.w4a16.hopper_launch import HopperLayer
 
 _ONE_GROUP = 2**30
+# A bias may be a view that starts anywhere.
+_ALIGNED = ("x_ptr", "perm_ptr", "weight_ptr", "scale_ptr", "out_ptr")
 
 
-def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
-    """The compiled form that runs a layer with a configuration; equal for all N, K and M."""
+def specialization(layer: HopperLayer, config: DecodeConfig, row: int) -> Specialization:
+    """The compiled form that runs a layer with a configuration; equal for all N, M and K of a row.
+
+    ``row``: of ``DecodeConfig.row``. In act-order 0 stands for tokens that a kernel puts in order which it
+    starts beside.
+    """
+    beside = layer.act_order and not row
     optional = {
+        "perm_ptr": "*i32" if row and layer.act_order else None,
         "zero_ptr": "*i8" if layer.zero else None,
         "bias_ptr": None if layer.bias is None else pointer_type(layer.bias),
     }
@@ -45,19 +53,19 @@ def specialization(layer: HopperLayer, config: DecodeConfig) -> Specialization:
         "MIX": config.mix,
         "PLACES": config.places,
         "TILES": config.tiles,
-        "DEPENDENT": layer.act_order,
+        "DEPENDENT": beside,
+        "ROW": row,
         "WARPS": config.warps,
         "ROW_WARPS": config.row_warps,
     }
     return Specialization(
-        f"w4a16-decode-{config.name}{'-act-order' * layer.act_order}",
+        f"w4a16-decode-{config.name}{'-act-order' * layer.act_order}{f'-{row}' if row else ''}",
         w4a16_decode_hopper,
         signature,
         {**constants, **{name: None for name, kind in optional.items() if kind is None}},
         num_warps=config.warps,
-        # A bias may be a view that starts anywhere.
-        divisible_by_16=("x_ptr", "weight_ptr", "scale_ptr", "out_ptr"),
-        options={"maxnreg": min(config.registers, 255), "launch_pdl": layer.act_order},
+        divisible_by_16=tuple(name for name in _ALIGNED if name in signature),
+        options={"maxnreg": min(config.registers, 255), "launch_pdl": beside},
     )
 
 
@@ -73,21 +81,26 @@ class PreparedDecode:
             ValueError: the configuration does not take the layer or the tokens.
         """
         facts = device_facts(device)
-        reason = why_invalid(config, m, layer.form, facts.shared_memory)
+        reason = why_invalid(config, m, layer.k, layer.form, facts.shared_memory)
         if reason is not None:
             raise ValueError(f"config: {reason}")
         self._programs = config.programs(layer.n, facts.multiprocessors)
         share, more = divmod(layer.n // ROW_BLOCK, self._programs)
         sizes = (m, layer.n, layer.k, layer.groups, stride_xm // 8, share, more)
-        self._launch = _kernel(layer.compiled, config, device).bind(sizes=sizes)
+        kernel = _kernel(layer.compiled, config, config.row(layer.k), device)
+        self._launch = kernel.bind(sizes=sizes)
+        self._puts_in_order = layer.act_order and config.keep
 
     def __call__(
         self, x: torch.Tensor, weight: W4A16Weight, bias: torch.Tensor | None, out: torch.Tensor,
         stream: int,
     ) -> None:  # fmt: skip
         """Launches on the current device; of ``x`` and ``out`` only the addresses are read."""
-        words, scale, zero, _, _ = weight
+        words, scale, zero, _, perm = weight
         addresses = [x.data_ptr(), words.data_ptr(), scale.data_ptr()]
+        if self._puts_in_order:
+            assert perm is not None
+            addresses.insert(1, perm.data_ptr())
         if zero is not None:
             addresses.append(zero.data_ptr())
         if bias is not None:
@@ -97,10 +110,12 @@ class PreparedDecode:
 
 
 def form(layer: HopperLayer, config: DecodeConfig) -> Form:
-    """What a call of a layer with a configuration needs compiled, but for gathering activations."""
-    return Form(specialization, (layer.compiled, config))
+    """What a call of a layer with a configuration needs compiled, but for a kernel before it."""
+    return Form(specialization, (layer.compiled, config, config.row(layer.k)))
 
 
 @functools.cache
-def _kernel(layer: HopperLayer, config: DecodeConfig, device: torch.device) -> LoadedKernel:
-    return load(specialization(layer, config), device)
+def _kernel(
+    layer: HopperLayer, config: DecodeConfig, row: int, device: torch.device
+) -> LoadedKernel:
+    return load(specialization(layer, config, row), device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from pymllm_kernels.common.row_block_config import ROW_BLOCK, RowBlockConfig
@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 # Of a multiprocessor: 16 warps of 128, or 8 of 256.
 _REGISTERS = 65536
+# Values that a multiprocessor keeps: in act-order 4096x4096 6.5 -> 5.2 us, 8192x8192 14.0 -> 13.7; of twice as
+# many (4096x14336 13.5 -> 13.6, 5120x13824 15.7 -> 16.7) the first weights do not hide the time.
+_MOST_KEPT = 8192
+# A step of 16 warps.
+_LEAST_ROW = 2048
+# Microseconds that act-order costs a kept token, other activations of this kernel, and those of tiles.
+_IN_ORDER_US, _GATHERED_US, _GATHERED_BEFORE_TILES_US = 0.15, 1.4, 1.9
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class DecodeConfig(RowBlockConfig):
         warps: of a program; ``warps / row_warps`` of them share the blocks of K.
         registers: of a thread, 128 or 256.
         mix: row blocks whose instructions are mixed.
+        keep: whether the one token there is, is kept in shared memory, where it is put in act-order,
+            too. Others are read from memory a step at a time, and put in order by a kernel before.
     """
 
     block_m: int
@@ -34,18 +43,27 @@ class DecodeConfig(RowBlockConfig):
     warps: int = 16
     registers: int = 128
     mix: int = 1
+    keep: bool = False
 
     @property
     def name(self) -> str:
         """For messages: tokens, row blocks of a program and of a warp, warps, and what else differs."""
         together = self.rows * self.row_warps
-        more = f"-mix{self.mix}" * (self.mix > 1)
+        more = f"-mix{self.mix}" * (self.mix > 1) + "-kept" * self.keep
         return f"{self.block_m}x{together}by{self.rows}-{self.warps}x{self.registers}{more}"
+
+    @property
+    def together(self) -> int:
+        """Programs of a multiprocessor."""
+        return _REGISTERS // (32 * self.warps * self.registers)
+
+    def row(self, k: int) -> int:
+        """The power of two that holds a kept token, as the kernel is compiled; 0 for tokens in memory."""
+        return max(1 << (k - 1).bit_length(), _LEAST_ROW) if self.keep else 0
 
     def programs(self, n: int, multiprocessors: int) -> int:
         """Size of the grid: an even share of row blocks each."""
-        together = _REGISTERS // (32 * self.warps * self.registers)
-        return min(multiprocessors * together, n // ROW_BLOCK)
+        return min(multiprocessors * self.together, n // ROW_BLOCK)
 
     def steps(self, n: int, k: int, multiprocessors: int) -> tuple[int, int]:
         """Passes over K, and steps of all passes, of the program with most to do."""
@@ -100,16 +118,40 @@ _MEASURED = (
     _Measured(_wide(16, 4, mix=2), 2.49, 0.30, 0.584, 0.638, 2, 2),
     _Measured(_wide(16, 5), 3.14, 1.11, 0.439, 0.592, 4, 2),  # of few times
 )
+# Start, pass, step and unit with a token that is kept: a microsecond of latency less before the first step, but
+# waits for shared memory in every step. Fitted over 320 times, within 2 to 7 %; (e) by what others differ.
+_KEPT: dict[DecodeConfig, tuple[float, float, float, float]] = {
+    DecodeConfig(8, rows=1): (0.40, 1.34, 0.537, 0.446),
+    DecodeConfig(8, rows=2): (1.51, 0.51, 0.394, 0.577),
+    DecodeConfig(8, rows=2, row_warps=2): (1.34, 0.75, 0.242, 0.629),
+    DecodeConfig(8, rows=3): (1.22, 0.98, 0.227, 0.723),
+    DecodeConfig(8, rows=4): (1.73, 0.71, 0.379, 0.638),
+    DecodeConfig(8, rows=4, row_warps=4): (2.07, 1.22, 0.181, 0.631),  # (e)
+    DecodeConfig(8, rows=4, row_warps=4, mix=2): (1.14, 2.08, 0.777, 0.360),
+    DecodeConfig(8, rows=4, row_warps=8): (0.89, 1.83, 0.439, 0.501),  # (e)
+    DecodeConfig(8, rows=4, warps=8): (1.48, 0.61, 0.457, 0.626),
+    _wide(8, 4, mix=2): (1.17, 0.76, 0.153, 0.879),
+    _wide(8, 7, row_warps=4): (1.16, 2.10, 0.251, 0.591),  # (e)
+}
 _OF_CONFIG = {measured.config: measured for measured in _MEASURED}
+_OF_CONFIG |= {
+    (kept := replace(config, keep=True)): _Measured(kept, *times, *_OF_CONFIG[config][5:])
+    for config, times in _KEPT.items()
+}
 CONFIGS = tuple(_OF_CONFIG)
 # More tokens of a tile: 3.5 % from M = 1 to 8, mostly for reading them.
 _A_TOKEN = 0.005
 
 
-def why_invalid(config: DecodeConfig, m: int, form: HopperForm, shared_memory: int) -> str | None:
+def why_invalid(
+    config: DecodeConfig, m: int, k: int, form: HopperForm, shared_memory: int
+) -> str | None:
     """``None`` if ``m`` tokens of a layer of this form can be run, else the reason."""
-    if m > config.block_m:
-        return f"{config} takes up to {config.block_m} tokens, found {m}"
+    most = 1 if config.keep else config.block_m
+    if m > most:
+        return f"{config} takes up to {most} tokens, found {m}"
+    if config.row(k) * config.together > _MOST_KEPT:
+        return f"{config} keeps up to {_MOST_KEPT // config.together} values, found K = {k}"
     if form.bits != 4:
         return f"{config} takes codes of 4 bits, found {form.bits}"
     if form.block_k != 128:
@@ -126,15 +168,23 @@ def why_invalid(config: DecodeConfig, m: int, form: HopperForm, shared_memory: i
     return None
 
 
+def order_us(config: DecodeConfig | None) -> float:
+    """What act-order costs a call; ``None``: of tiles."""
+    if config is None:
+        return _GATHERED_BEFORE_TILES_US
+    return _IN_ORDER_US if config.keep else _GATHERED_US
+
+
 def candidates(
     m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
 ) -> Iterator[tuple[float, DecodeConfig]]:
     """Every valid configuration for a shape, with its estimated microseconds."""
     units = n / ROW_BLOCK / multiprocessors * -(-k // 128) / 16
-    for config, start, one_pass, step, unit, _, _ in _MEASURED:
-        if why_invalid(config, m, form, shared_memory) or (config.block_m == 16 and m <= 8):
+    for config, start, one_pass, step, unit, _, _ in _OF_CONFIG.values():
+        if why_invalid(config, m, k, form, shared_memory) or (config.block_m == 16 and m <= 8):
             continue
         passes, steps = config.steps(n, k, multiprocessors)
         tokens = m - 1 if config.block_m == 8 else 0
         estimate = start + one_pass * passes + step * steps + unit * units
-        yield estimate * (1 + _A_TOKEN * tokens), config
+        order = order_us(config) if form.act_order else 0.0
+        yield estimate * (1 + _A_TOKEN * tokens) + order, config

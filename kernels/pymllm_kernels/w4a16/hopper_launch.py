@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from threading import get_ident
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -15,7 +16,7 @@ from pymllm_kernels.common.eager import Prepared
 from pymllm_kernels.common.forms import Form
 from pymllm_kernels.common.gluon_hopper import GLUON_DTYPE, tile_layout
 from pymllm_kernels.common.launcher import LoadedKernel, TensorMaps, load
-from pymllm_kernels.common.sharing import compiled_config
+from pymllm_kernels.common.sharing import HAND_ON, compiled_config
 from pymllm_kernels.common.specialization import Specialization, box_type, pointer_type
 from pymllm_kernels.common.workspace import counters
 from pymllm_kernels.device import device_facts
@@ -49,10 +50,12 @@ def form_of(
     scale: torch.dtype,
     symmetric: bool,
     bits: int = 4,
+    act_order: bool = False,
 ) -> HopperForm:
     """The form of a layer."""
     runs = 1 if group_size == -1 or group_size >= block_k else block_k // group_size
-    return HopperForm(block_k, runs, scale.itemsize + (not symmetric), act == scale, bits)
+    parameters = scale.itemsize + (not symmetric)
+    return HopperForm(block_k, runs, parameters, act == scale, bits, act_order)
 
 
 class HopperLayer(NamedTuple):
@@ -86,8 +89,9 @@ class HopperLayer(NamedTuple):
     def form(self) -> HopperForm:
         """What the choice of the configuration depends on."""
         return form_of(
-            self.block_k, self.group_size, self.act, self.scale, not self.zero, self.bits
-        )
+            self.block_k, self.group_size, self.act, self.scale, not self.zero, self.bits,
+            self.act_order,
+        )  # fmt: skip
 
     @property
     def compiled(self) -> HopperLayer:
@@ -98,8 +102,9 @@ class HopperLayer(NamedTuple):
     def tuning_key(self) -> TuningKey:
         """Under which its configurations are stored."""
         return hopper_key(
-            self.n, self.k, self.group_size, self.act, self.scale, not self.zero, self.bits
-        )
+            self.n, self.k, self.group_size, self.act, self.scale, not self.zero, self.bits,
+            self.act_order,
+        )  # fmt: skip
 
     @property
     def words(self) -> int:
@@ -115,7 +120,9 @@ class HopperLayer(NamedTuple):
 def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
     """The compiled form that runs a layer with a configuration; equal for many N, K and M."""
     slice_k = layer.block_k // 4
-    shared = config.share != 1
+    parts = config.share != 1
+    hand_on = config.share == HAND_ON
+    shared = parts and not hand_on
     pointer = pointer_type(layer.act)
     optional = {
         "zero_desc": _row_type(torch.int8, config.scales_n) if layer.zero else None,
@@ -125,8 +132,8 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
             else None
         ),
         "bias_ptr": None if layer.bias is None else pointer_type(layer.bias),
-        "part_ptr": "*fp32" if shared else None,
-        "count_ptr": "*i32" if shared else None,
+        "part_ptr": "*fp32" if parts else None,
+        "count_ptr": "*i32" if parts else None,
     }
     sizes = ("M", "N", "groups", "tiles_m", "tiles_n", "whole", "steps", "stride_om")
     signature = {
@@ -152,15 +159,16 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         "GROUP_M": config.group_m,
         "OUT_PARTS": config.out_parts,
         "SHARE": shared,
+        "HAND_ON": hand_on,
         "MEET": shared and config.meet,
         "JOIN": min(config.joined, 4 // layer.form.runs),
         "REGISTERS": CONSUMER_REGISTERS[config.consumers],
         "DEPENDENT": layer.act_order,
-        "EARLY": 0 if layer.act_order or (shared and layer.bits == 8) else config.early,
+        "EARLY": 0 if layer.act_order or (parts and layer.bits == 8) else config.early,
     }
     return Specialization(
         f"w{layer.bits}a16-hopper-{config.block_m}x{config.block_n}{'-shared' * shared}"
-        f"{'-act-order' * layer.act_order}",
+        f"{'-handed' * hand_on}{'-act-order' * layer.act_order}",
         w4a16_gemm_hopper,
         signature,
         {**constants, **{name: None for name, kind in optional.items() if kind is None}},
@@ -254,12 +262,20 @@ def _prepare(
     if config is None:
         config = resolve(HOPPER, layer.tuning_key, m, device_facts(device)).config
     stride_xm = layer.k if layer.act_order else strides[0]
+    if layer.act_order and _kept(config) and not (aligned and strides[1] == 1):
+        # Any other strides and places are what the gathering reads.
+        config = replace(config, keep=False)
     prepare = PreparedDecode if isinstance(config, DecodeConfig) else _PreparedTiles
     gemm: Prepared = prepare(layer, m, stride_xm, device, config)  # type: ignore[arg-type]
-    if layer.act_order:
+    if layer.act_order and not _kept(config):
         gather_inputs = PreparedGather(layer.act, m, layer.k, strides, aligned, device)
         return _GatheredFirst(gather_inputs, gemm)
     return gemm
+
+
+def _kept(config: HopperConfig | DecodeConfig) -> TypeGuard[DecodeConfig]:
+    """Whether the one token is kept in shared memory, and put in order there."""
+    return isinstance(config, DecodeConfig) and config.keep
 
 
 def _beside_the_gathering(layer: HopperLayer, config: HopperConfig) -> HopperLayer:
@@ -272,10 +288,10 @@ def _beside_the_gathering(layer: HopperLayer, config: HopperConfig) -> HopperLay
 
 
 class _GatheredFirst(NamedTuple):
-    """The launches of a layer in act-order.
+    """The launches of a layer in act-order, but for what the kernel for few tokens puts in order itself.
 
     A kernel before the GEMM puts x in order: TMA reads neighbours, and in the kernel for few tokens each
-    multiprocessor would gather all of x, 32 scattered lines a load.
+    multiprocessor would gather all of x.
     """
 
     gather_inputs: PreparedGather
@@ -360,13 +376,14 @@ def _loaded(
 
 
 def forms(layer: HopperLayer, config: HopperConfig | DecodeConfig) -> list[Form]:
-    """What a call of a layer with a configuration needs compiled."""
+    """What a call of a layer with a configuration needs compiled, of rows contiguous and on 16 bytes."""
     if isinstance(config, DecodeConfig):
         gemm = hopper_decode_launch.form(layer, config)
     else:
         compiled = _beside_the_gathering(layer, config)
         gemm = Form(specialization, (compiled, compiled_config(config)))
-    return [gather.form(layer.act, layer.k), gemm] if layer.act_order else [gemm]
+    gathered = layer.act_order and not _kept(config)
+    return [gather.form(layer.act, layer.k), gemm] if gathered else [gemm]
 
 
 @functools.cache

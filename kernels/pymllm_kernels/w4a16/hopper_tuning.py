@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pymllm_kernels.common.launch import cheapest
-from pymllm_kernels.common.sharing import STREAM_K, share_tiles
+from pymllm_kernels.common.sharing import HAND_ON, STREAM_K, share_tiles
 from pymllm_kernels.w4a16 import hopper_decode_tuning
 from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig
 
@@ -33,8 +33,8 @@ class HopperConfig:
             (a cooperative launch), or the last to come adds up alone.
         out_parts: pieces a tile is stored in by TMA; 0 for plain stores.
         group_m: tiles of M that share a column of N tiles.
-        share: programs that share each tile, 1 for none, ``STREAM_K`` for even runs of K blocks
-            that may begin and end inside a tile.
+        share: programs that share each tile, 1 for none, ``STREAM_K`` and ``HAND_ON`` for even runs of
+            K blocks that may begin and end inside a tile.
     """
 
     block_m: int
@@ -99,6 +99,7 @@ class HopperForm:
         same_dtype: whether scales have the activations' dtype. Others are not rounded to it, so
             only partial sums can take them.
         bits: of a code, 4 or 8.
+        act_order: whether activations are put in another order first.
     """
 
     block_k: int = 128
@@ -106,6 +107,7 @@ class HopperForm:
     parameter_bytes: int = 2
     same_dtype: bool = True
     bits: int = 4
+    act_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,22 +121,25 @@ class Plan:
     steps: int
 
     def part_elements(self, config: HopperConfig) -> int:
-        """fp32 elements of workspace: two parts of a tile a program."""
+        """fp32 elements of workspace: a part each tile that may be handed on, else two a program."""
         if config.share == 1:
             return 0
-        return self.programs * 2 * config.block_n * config.block_m
+        handed = self.tiles_m * self.tiles_n - self.whole
+        parts = handed if config.share == HAND_ON else 2 * self.programs
+        return parts * config.block_n * config.block_m
 
 
 @dataclass(frozen=True)
 class _Cost:
     """Microseconds on an H200, fitted over 8 layers: start + block * (blocks of 128 inputs in a row).
 
-    For whole tiles, tiles shared evenly, and stream-K. ``block`` is of one tile.
+    For whole tiles, tiles shared evenly, stream-K, and tiles that are handed on. ``block`` is of one tile.
     """
 
     whole: tuple[float, float]
     even: tuple[float, float]
     stream: tuple[float, float]
+    handed: tuple[float, float]
 
 
 # Up to 64 tokens fitted over 2,400 times of the shipped table. Of its 2,421 entries from 16 tokens on, what they
@@ -143,75 +148,75 @@ class _Cost:
 _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
     (
         HopperConfig(block_m=8, consumers=2, slots=6, span=2),
-        _Cost((3.0, 0.269), (4.8, 0.287), (5.3, 0.323)),
+        _Cost((3.0, 0.269), (4.8, 0.287), (5.3, 0.323), (8.4, 0.262)),
     ),
     (
         HopperConfig(block_m=8, consumers=4, slots=4, span=2),
-        _Cost((3.2, 0.505), (7.7, 0.506), (8.2, 0.593)),
+        _Cost((3.2, 0.505), (7.7, 0.506), (8.2, 0.593), (7.2, 0.547)),
     ),
     (
         HopperConfig(block_m=8, consumers=3, slots=5, span=2),
-        _Cost((3.7, 0.391), (6.4, 0.401), (7.2, 0.459)),
+        _Cost((3.7, 0.391), (6.4, 0.401), (7.2, 0.459), (8.8, 0.343)),
     ),
     (
         HopperConfig(block_m=16, consumers=2, slots=4, span=2),
-        _Cost((3.1, 0.283), (5.4, 0.278), (5.7, 0.336)),
+        _Cost((3.1, 0.283), (5.4, 0.278), (5.7, 0.336), (7.4, 0.289)),
     ),
     (
         HopperConfig(block_m=16, consumers=4, slots=4, span=2),
-        _Cost((3.4, 0.546), (8.6, 0.503), (14.8, 0.502)),
+        _Cost((3.4, 0.546), (8.6, 0.503), (14.8, 0.502), (8.8, 0.548)),
     ),
     (
         HopperConfig(block_m=16, consumers=3, slots=5, span=2),
-        _Cost((4.1, 0.417), (7.7, 0.358), (9.1, 0.433)),
+        _Cost((4.1, 0.417), (7.7, 0.358), (9.1, 0.433), (8.6, 0.405)),
     ),
     (
         HopperConfig(block_m=32, consumers=2, slots=4, span=2),
-        _Cost((3.0, 0.327), (6.2, 0.296), (7.4, 0.365)),
+        _Cost((3.0, 0.327), (6.2, 0.296), (7.4, 0.365), (6.7, 0.330)),
     ),
     (
         HopperConfig(block_m=32, consumers=4, slots=8),
-        _Cost((3.6, 0.625), (9.5, 0.609), (11.1, 0.741)),
+        _Cost((3.6, 0.625), (9.5, 0.609), (11.1, 0.741), (11.2, 0.578)),
     ),
     (
         HopperConfig(block_m=32, consumers=3, slots=4, span=2),
-        _Cost((3.9, 0.456), (8.1, 0.420), (10.7, 0.481)),
+        _Cost((3.9, 0.456), (8.1, 0.420), (10.7, 0.481), (9.3, 0.464)),
     ),
     (
         HopperConfig(block_m=32, consumers=2, slots=8, scale_weights=True),
-        _Cost((3.4, 0.359), (6.4, 0.348), (7.5, 0.398)),
+        _Cost((3.4, 0.359), (6.4, 0.348), (7.5, 0.398), (7.4, 0.418)),
     ),
     (
         HopperConfig(block_m=32, consumers=4, slots=8, scale_weights=True),
-        _Cost((4.3, 0.649), (9.5, 0.649), (11.1, 0.786)),
+        _Cost((4.3, 0.649), (9.5, 0.649), (11.1, 0.786), (8.2, 0.698)),
     ),
     (
         HopperConfig(block_m=64, consumers=2, slots=4, span=2, meet=True),
-        _Cost((3.9, 0.424), (8.3, 0.437), (8.8, 0.529)),
+        _Cost((3.9, 0.424), (8.3, 0.437), (8.8, 0.529), (7.8, 0.431)),
     ),
     (
         HopperConfig(block_m=64, consumers=2, slots=8, scale_weights=True, meet=True),
-        _Cost((3.7, 0.445), (7.3, 0.474), (8.3, 0.582)),
+        _Cost((3.7, 0.445), (7.3, 0.474), (8.3, 0.582), (8.0, 0.433)),
     ),
     (
         HopperConfig(block_m=64, consumers=4, slots=6, meet=True),
-        _Cost((4.9, 0.769), (10.4, 0.768), (11.5, 0.906)),
+        _Cost((4.9, 0.769), (10.4, 0.768), (11.5, 0.906), (11.1, 0.881)),
     ),
     (
         HopperConfig(block_m=64, consumers=4, slots=6, scale_weights=True, meet=True),
-        _Cost((4.4, 0.822), (10.4, 0.772), (11.5, 0.911)),
+        _Cost((4.4, 0.822), (10.4, 0.772), (11.5, 0.911), (11.1, 0.881)),
     ),
     (
         HopperConfig(block_m=64, consumers=3, slots=7, meet=True),
-        _Cost((4.1, 0.616), (8.2, 0.633), (11.2, 0.680)),
+        _Cost((4.1, 0.616), (8.2, 0.633), (11.2, 0.680), (9.2, 0.642)),
     ),
     (
         HopperConfig(block_m=64, consumers=3, slots=7, scale_weights=True, meet=True),
-        _Cost((4.3, 0.660), (9.5, 0.626), (11.1, 0.696)),
+        _Cost((4.3, 0.660), (9.5, 0.626), (11.1, 0.696), (8.4, 0.664)),
     ),
     (
         HopperConfig(block_m=128, consumers=2, slots=4, scale_weights=True, meet=True, out_parts=2),
-        _Cost((2.9, 0.685), (8.4, 0.669), (11.7, 0.734)),
+        _Cost((2.9, 0.685), (8.4, 0.669), (11.7, 0.734), (7.2, 0.703)),
     ),
     (
         HopperConfig(
@@ -222,7 +227,7 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
             meet=True,
             out_parts=4,
         ),
-        _Cost((2.8, 0.947), (9.9, 0.971), (14.4, 1.052)),
+        _Cost((2.8, 0.947), (9.9, 0.971), (14.4, 1.052), (7.6, 1.057)),
     ),
     (
         HopperConfig(
@@ -234,7 +239,7 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
             out_parts=16,
             group_m=4,
         ),
-        _Cost((2.6, 1.323), (13.0, 1.208), (14.6, 1.512)),
+        _Cost((2.6, 1.323), (13.0, 1.208), (14.6, 1.512), (4.9, 1.595)),
     ),
 )
 
@@ -267,6 +272,9 @@ def why_invalid(config: HopperConfig, form: HopperForm, shared_memory: int) -> s
             f"{config} needs {registers} registers of {CONSUMER_REGISTERS[config.consumers]} with "
             f"{form.runs} groups a block"
         )
+    form_of_tile = (config.block_m, config.block_n, config.scale_weights)
+    if config.share == HAND_ON and form_of_tile == (64, 256, False):
+        return f"{config} spills registers where tiles are handed on"
     if form.bits == 8 and config.block_m == 256 and config.share != 1:
         return f"{config} spills registers where tiles of codes of 8 bits are shared"
     needed = shared_memory_bytes(config, form)
@@ -304,7 +312,7 @@ def candidates(
         tiles = -(-m // measured.block_m) * -(-n // measured.block_n)
         blocks = -(-k // 128)
         most = multiprocessors // tiles
-        for share in (1, STREAM_K, *range(2, min(most, 8) + 1)):
+        for share in (1, STREAM_K, HAND_ON, *range(2, min(most, 8) + 1)):
             config = _fit_ring(_shared_by(measured, share), form, shared_memory)
             grid = None if config is None else plan(config, m, n, k, form, multiprocessors)
             if config is None or grid is None or why_invalid(config, form, shared_memory):
@@ -315,6 +323,9 @@ def candidates(
                 rounds *= _uneven(config, grid.tiles_m, tiles / (rounds * multiprocessors))
             elif share == STREAM_K:
                 start, block = cost.stream
+                rounds = tiles / grid.programs
+            elif share == HAND_ON:
+                start, block = cost.handed
                 rounds = tiles / grid.programs
             else:
                 start, block = cost.even
@@ -333,7 +344,11 @@ def _shared_by(config: HopperConfig, share: int) -> HopperConfig:
     out_parts = config.out_parts
     # Four consumers of 64 tokens that also share tiles would spill.
     full = config.block_m == 64 and config.consumers == 4
-    if not out_parts and config.block_m >= 32 and share in ((1,) if full else (1, STREAM_K)):
+    if (
+        not out_parts
+        and config.block_m >= 32
+        and share in ((1,) if full else (1, STREAM_K, HAND_ON))
+    ):
         out_parts = 2
     return replace(config, share=share, out_parts=out_parts)
 
@@ -386,7 +401,9 @@ def all_candidates(
     m: int, n: int, k: int, form: HopperForm, multiprocessors: int, shared_memory: int
 ) -> Iterator[tuple[float, HopperConfig | DecodeConfig]]:
     """Every valid configuration of both kernels, with its estimated microseconds."""
-    yield from candidates(m, n, k, form, multiprocessors, shared_memory)
+    gathering = hopper_decode_tuning.order_us(None) if form.act_order else 0.0
+    for cost, config in candidates(m, n, k, form, multiprocessors, shared_memory):
+        yield cost + gathering, config
     yield from hopper_decode_tuning.candidates(m, n, k, form, multiprocessors, shared_memory)
 
 

@@ -113,7 +113,7 @@ class HopperW4A16(TritonW4A16):
         return super().why_not(problem) or why_not_gluon_hopper(problem) or _why_not_tma(problem)
 
     def why(self, problem: LinearProblem) -> str:
-        gathered = ", act-order activations gathered first" if problem.act_order else ""
+        gathered = ", act-order tokens gathered first if several" if problem.act_order else ""
         return f"dequantization between the copy engine and wgmma, one kernel{gathered}"
 
     def forms(

@@ -1,7 +1,7 @@
 """The weight-only kernels as the tuner and the lookup see them.
 
-Variants of a key: ``bits=8``, ``zero`` (zero points) and ``scale=DTYPE`` (scales in another dtype than
-the activations) for the Hopper kernels; ``bits=8`` and ``spans`` (slices that span groups) for the
+Variants of a key: ``bits=8``, ``zero`` (zero points), ``scale=DTYPE`` (scales in another dtype than the
+activations) and ``act-order`` for the Hopper kernels; ``bits=8`` and ``spans`` (slices that span groups) for the
 plain one.
 """
 
@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from pymllm_kernels.common.sharing import STREAM_K
+from pymllm_kernels.common.sharing import even_runs
 from pymllm_kernels.device import DeviceFacts
 from pymllm_kernels.problem import CHANNEL, LinearProblem
 from pymllm_kernels.tuning.keys import TuningKey, dtype_name
@@ -38,14 +38,14 @@ class HopperTunable(Tunable):
     def key_of(self, problem: LinearProblem) -> TuningKey:
         return hopper_key(
             problem.n, problem.k, problem.group_size, problem.act_dtype, problem.scale_dtype,
-            problem.symmetric, problem.weight_bits,
+            problem.symmetric, problem.weight_bits, problem.act_order,
         )  # fmt: skip
 
     def like(self, key: TuningKey) -> TuningKey | None:
         # fp16, zero points and one scale a row were 1 to 3 % off; smaller groups need other tiles.
         group = 128 if key.group_size == CHANNEL or key.group_size % 128 == 0 else key.group_size
-        variant = key.variant.replace("zero", "").strip()
-        like = replace(key, group_size=group, dtype="bfloat16", variant=variant)
+        words = [word for word in key.variant.split() if word not in ("zero", "act-order")]
+        like = replace(key, group_size=group, dtype="bfloat16", variant=" ".join(words))
         return None if like == key else like
 
     def rule(self, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
@@ -62,7 +62,7 @@ class HopperTunable(Tunable):
     def why_invalid(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> str | None:
         form = hopper_form(key)
         if isinstance(config, DecodeConfig):
-            return hopper_decode_tuning.why_invalid(config, m, form, facts.shared_memory)
+            return hopper_decode_tuning.why_invalid(config, m, key.k, form, facts.shared_memory)
         reason = hopper_tuning.why_invalid(config, form, facts.shared_memory)
         if reason is None and not self._planned(config, key, m, facts):
             return f"{config} cannot share the tiles of [{m}, {key.k}] x {key.n}"
@@ -71,10 +71,24 @@ class HopperTunable(Tunable):
     def adapt(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
         if isinstance(config, DecodeConfig):
             return config
-        # Whole rounds of tiles leave stream-K nothing to share.
-        if config.share == STREAM_K and not self._planned(config, key, m, facts):
-            return replace(config, share=1)
+        # Even runs of steps are of fewer tiles than multiprocessors or of more; whole rounds of tiles
+        # leave nothing to share.
+        for share in even_runs(config.share):
+            other = replace(config, share=share)
+            if self.why_invalid(other, key, m, facts) is None:
+                return other
         return config
+
+    def borrowed(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
+        form = hopper_form(key)
+        if not form.act_order or m > 1:
+            return config
+        if isinstance(config, DecodeConfig):
+            kept = replace(config, keep=True)
+            if self.why_invalid(kept, key, m, facts) is None:
+                return kept
+        # One token may be put in order by the kernel that multiplies it, without a launch before it.
+        return self.rule(key, m, facts)
 
     def _planned(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> bool:
         form, units = hopper_form(key), facts.multiprocessors
@@ -123,11 +137,14 @@ def hopper_key(
     scale_dtype: torch.dtype,
     symmetric: bool,
     bits: int = 4,
+    act_order: bool = False,
 ) -> TuningKey:
     """The key of a layer of :data:`HOPPER`."""
     words = ["bits=8"] if bits == 8 else []
     if not symmetric:
         words.append("zero")
+    if act_order:
+        words.append("act-order")
     if scale_dtype != act_dtype:
         words.append(f"scale={dtype_name(scale_dtype)}")
     return TuningKey(HOPPER.operation, n, k, group_size, dtype_name(act_dtype), " ".join(words))
@@ -144,7 +161,8 @@ def hopper_form(key: TuningKey) -> HopperForm:
     scale = getattr(torch, scales[0]) if scales else act
     bits = 8 if "bits=8" in words else 4
     block_k = choose_layout(bits, key.k, key.group_size).block_k
-    return form_of(block_k, key.group_size, act, scale, "zero" not in words, bits)
+    symmetric, act_order = "zero" not in words, "act-order" in words
+    return form_of(block_k, key.group_size, act, scale, symmetric, bits, act_order)
 
 
 def triton_key(

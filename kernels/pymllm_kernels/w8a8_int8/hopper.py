@@ -51,8 +51,8 @@ def _tiles(x_desc, weight_desc):
 @gluon.jit
 def _load(
     x_desc, weight_desc, slots, full, empty, whole,
-    CODES: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr, PDL: gl.constexpr,
-    EARLY: gl.constexpr,
+    CODES: gl.constexpr, SHARE: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
+    PDL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Copies one operand's tiles into the ring, EARLY steps of which are there; one warp."""
     if CODES:
@@ -69,12 +69,12 @@ def _load(
     slot = 0
     # The ring starts empty: a wait for the phase before the first passes.
     phase = 1
-    own, segments = count_segments(whole, tiles, k_steps)
+    own, segments = count_segments(whole, tiles, k_steps, SHARE)
     if EARLY > 0:
         loaded = gl.minimum(k_steps, EARLY)
         slot, phase = slot_after(loaded, SLOTS)
     for index in range(segments):
-        tile, begin, end = segment(index, own, whole, tiles, k_steps)
+        tile, begin, end = segment(index, own, whole, tiles, k_steps, SHARE)
         if EARLY > 0:
             # A variable that the loop sets to 0 is not carried by Triton: kernels hang.
             begin += gl.where(index == 0, loaded, 0)
@@ -165,10 +165,10 @@ def _multiply(
     zeros = gl.zeros((ROWS, COLUMNS), gl.int32, layout)
     piece = split_columns(zeros, STORE_PARTS)[0]
     PIECE: gl.constexpr = piece.type.layout
-    own, segments = count_segments(whole, tiles, k_steps)
+    own, segments = count_segments(whole, tiles, k_steps, SHARE)
     first_segment: gl.constexpr = INDEX if PING_PONG else 0
     for index in range(first_segment, segments, CONSUMERS if PING_PONG else 1):
-        tile, begin, end = segment(index, own, whole, tiles, k_steps)
+        tile, begin, end = segment(index, own, whole, tiles, k_steps, SHARE)
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         if PING_PONG:
             slot = index * k_steps % SLOTS
@@ -224,7 +224,7 @@ def _multiply(
             )  # fmt: skip
     if SHARE and MEET:
         for index in range(own, segments):
-            tile, begin, end = segment(index, own, whole, tiles, k_steps)
+            tile, begin, end = segment(index, own, whole, tiles, k_steps, SHARE)
             if end - begin < k_steps:
                 sharer, last_sharer = sharers(tile, whole, tiles, k_steps)
                 tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
@@ -311,9 +311,10 @@ def w8a8_int8_hopper_kernel(
             count_ptr, stride_om, stride_xs, stride_ws, whole, 0, CONSUMERS, PING_PONG, SWAP, SHARE,
             MEET, SLOTS, GROUP_M, STORE_PARTS, PDL)),
             (_load, (
-            x_desc, weight_desc, weight_slots, full, empty, whole, False, SLOTS, GROUP_M, PDL, EARLY)),
+            x_desc, weight_desc, weight_slots, full, empty, whole, False, SHARE, SLOTS, GROUP_M, PDL,
+            EARLY)),
             (_load, (
-            x_desc, weight_desc, x_slots, full, empty, whole, True, SLOTS, GROUP_M, PDL, 0)),
+            x_desc, weight_desc, x_slots, full, empty, whole, True, SHARE, SLOTS, GROUP_M, PDL, 0)),
         ], [1, 1], [24, 24])  # fmt: skip
     else:
         out_slots_1 = gl.allocate_shared_memory(out_desc.dtype, out_shape, out_desc.layout)
@@ -329,7 +330,8 @@ def w8a8_int8_hopper_kernel(
             count_ptr, stride_om, stride_xs, stride_ws, whole, 1, CONSUMERS, PING_PONG, SWAP, SHARE,
             MEET, SLOTS, GROUP_M, STORE_PARTS, PDL)),
             (_load, (
-            x_desc, weight_desc, weight_slots, full, empty, whole, False, SLOTS, GROUP_M, PDL, EARLY)),
+            x_desc, weight_desc, weight_slots, full, empty, whole, False, SHARE, SLOTS, GROUP_M, PDL,
+            EARLY)),
             (_load, (
-            x_desc, weight_desc, x_slots, full, empty, whole, True, SLOTS, GROUP_M, PDL, 0)),
+            x_desc, weight_desc, x_slots, full, empty, whole, True, SHARE, SLOTS, GROUP_M, PDL, 0)),
         ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip

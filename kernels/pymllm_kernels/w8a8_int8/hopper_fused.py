@@ -151,16 +151,14 @@ def _one_of(values, token: gl.constexpr):
 
 
 @gluon.jit
-def _quantize_all(
-    tokens, rows_of_codes, scales, zeros, x_scale_ptr, x_zero_ptr, ZERO: gl.constexpr
-):
-    """Writes codes, scales and zero points of all tokens to shared memory; one warpgroup."""
+def _quantize_all(tokens, given, rows_of_codes, scales, zeros, ZERO: gl.constexpr):
+    """Writes codes, scales and zero points of all tokens to shared memory; one warpgroup.
+
+    ``given``: the scale and the zero point of all of them, or None: found here.
+    """
     TOKENS: gl.constexpr = len(tokens)
-    if x_scale_ptr is not None:
-        scale = gl.load(x_scale_ptr)
-        shift = 0
-        if ZERO:
-            shift = gl.load(x_zero_ptr)
+    if given is not None:
+        scale, shift = given
         _write_given(tokens, rows_of_codes, scale, shift)
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         scales.store(gl.zeros([_CODE_ROWS], gl.float32, layout) + scale)
@@ -252,7 +250,7 @@ def _load_weights(
 
 @gluon.jit
 def _multiply(
-    tokens, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
+    tokens, given, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
     M, N, tiles, steps, stride_ws,
     INDEX: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -260,14 +258,14 @@ def _multiply(
 
     The first one quantizes the tokens before. Two share each tile by features.
     """
-    x_scale_ptr, x_zero_ptr, w_scale_ptr, column_sum_ptr, bias_ptr, out_ptr = pointers
+    w_scale_ptr, column_sum_ptr, bias_ptr, out_ptr = pointers
     ZERO: gl.constexpr = column_sum_ptr is not None
     ROWS: gl.constexpr = slots.shape[1] // CONSUMERS
     FEATURES: gl.constexpr = BLOCK_N // CONSUMERS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CODE_ROWS, 32])
     OF_TOKENS: gl.constexpr = gl.SliceLayout(0, layout)
     if INDEX == 0:
-        _quantize_all(tokens, rows_of_codes, scales, zeros, x_scale_ptr, x_zero_ptr, ZERO)
+        _quantize_all(tokens, given, rows_of_codes, scales, zeros, ZERO)
         if CONSUMERS > 1:
             mbarrier.arrive(ready, count=1)
     else:
@@ -341,6 +339,12 @@ def w8a8_int8_fused_hopper(
     tokens = ()
     for r in gl.static_range(TOKENS):
         tokens += (_load_token(x_ptr, r, M, K, stride_xm, stride_xk, CHUNKS, EVEN),)
+    if x_scale_ptr is None:
+        given: gl.constexpr = None
+    elif x_zero_ptr is None:
+        given = (gl.load(x_scale_ptr), 0)
+    else:
+        given = (gl.load(x_scale_ptr), gl.load(x_zero_ptr))
     codes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
         [_CODE_ROWS, BLOCK_K], gl.int8
     )
@@ -377,21 +381,21 @@ def w8a8_int8_fused_hopper(
     if CONSUMERS > 1:
         mbarrier.init(ready, count=1)
     fence_async_shared()
-    pointers = (x_scale_ptr, x_zero_ptr, w_scale_ptr, column_sum_ptr, bias_ptr, out_ptr)
+    pointers = (w_scale_ptr, column_sum_ptr, bias_ptr, out_ptr)
     if CONSUMERS == 1:
         gl.warp_specialize([
             (_multiply, (
-            tokens, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
+            tokens, given, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
             M, N, tiles, steps, stride_ws, 0, CONSUMERS, BLOCK_N, SLOTS)),
             (_load_weights, (weight_desc, slots, full, empty, tiles, steps, SLOTS, EARLY)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_multiply, (
-            tokens, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
+            tokens, given, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
             M, N, tiles, steps, stride_ws, 0, CONSUMERS, BLOCK_N, SLOTS)),
             (_multiply, (
-            None, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
+            None, None, rows_of_codes, codes, slots, scales, zeros, full, empty, ready, pointers,
             M, N, tiles, steps, stride_ws, 1, CONSUMERS, BLOCK_N, SLOTS)),
             (_load_weights, (weight_desc, slots, full, empty, tiles, steps, SLOTS, EARLY)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip

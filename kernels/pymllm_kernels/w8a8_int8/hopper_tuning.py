@@ -260,15 +260,20 @@ def _end(config: HopperConfig, m: int) -> float:
 
 
 def all_candidates(
-    m: int, n: int, k: int, multiprocessors: int, shared_memory: int
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, variant: str = ""
 ) -> Iterator[tuple[float, AnyConfig]]:
-    """Every valid configuration of all three kernels, with its estimated microseconds."""
+    """Every valid configuration of all three kernels, with its estimated microseconds.
+
+    ``variant``: of the tuning key, ``static`` and ``zero`` or neither.
+    """
     yield from candidates(m, n, k, multiprocessors, shared_memory)
     yield from hopper_decode_tuning.candidates(m, n, k, multiprocessors, shared_memory)
-    yield from hopper_fused_tuning.candidates(m, n, k, multiprocessors, shared_memory)
+    yield from hopper_fused_tuning.candidates(m, n, k, multiprocessors, shared_memory, variant)
 
 
-def choose_config(m: int, n: int, k: int, multiprocessors: int, shared_memory: int) -> AnyConfig:
+def choose_config(
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, variant: str = ""
+) -> AnyConfig:
     """The configuration with the least estimated time.
 
     Raises:
@@ -276,10 +281,13 @@ def choose_config(m: int, n: int, k: int, multiprocessors: int, shared_memory: i
     """
     # Tiles have 1, 2, 4, 8 tokens or more: numbers in between have the tiles of the next.
     rounded = 1 << (m - 1).bit_length() if m <= 8 else -(-m // 8) * 8
-    return _choose_config(rounded, n, k, multiprocessors, shared_memory)
+    # Only up to 8 tokens are there kernels that the kind of activations makes slower.
+    return _choose_config(rounded, n, k, multiprocessors, shared_memory, variant if m <= 8 else "")
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose_config(m: int, n: int, k: int, multiprocessors: int, shared_memory: int) -> AnyConfig:
-    found = all_candidates(m, n, k, multiprocessors, shared_memory)
+def _choose_config(
+    m: int, n: int, k: int, multiprocessors: int, shared_memory: int, variant: str
+) -> AnyConfig:
+    found = all_candidates(m, n, k, multiprocessors, shared_memory, variant)
     return cheapest(found, "the int8 kernels for Hopper", shared_memory)

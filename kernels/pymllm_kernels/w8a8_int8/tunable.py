@@ -56,12 +56,12 @@ class HopperTunable(Tunable):
 
     def rule(self, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
         return hopper_tuning.choose_config(
-            m, key.n, key.k, facts.multiprocessors, facts.shared_memory
+            m, key.n, key.k, facts.multiprocessors, facts.shared_memory, key.variant
         )
 
     def candidates(self, key: TuningKey, m: int, facts: DeviceFacts) -> Sequence[Config]:
         found = hopper_tuning.all_candidates(
-            m, key.n, key.k, facts.multiprocessors, facts.shared_memory
+            m, key.n, key.k, facts.multiprocessors, facts.shared_memory, key.variant
         )
         return [config for _, config in sorted(found, key=lambda item: item[0])]
 
@@ -78,10 +78,15 @@ class HopperTunable(Tunable):
     def adapt(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
         if not isinstance(config, HopperConfig):
             return config
-        # Whole rounds of tiles leave stream-K nothing to share.
+        # With as many tiles as multiprocessors or more there is nothing to share.
         if config.share == STREAM_K and not _planned(config, key, m, facts):
             return replace(config, share=1, meet=False)
         return config
+
+    def borrowed(self, config: Config, key: TuningKey, m: int, facts: DeviceFacts) -> Config:
+        # The GEMM is the same, but not the time a program takes to quantize the tokens itself.
+        other = self.rule(key, m, facts) if isinstance(config, FusedConfig) else config
+        return config if isinstance(other, FusedConfig) else other
 
 
 class TritonTunable(Tunable):

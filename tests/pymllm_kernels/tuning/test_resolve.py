@@ -332,6 +332,49 @@ def test_what_is_shipped_for_a_like_layer_is_used(
     assert resolve(TOY, other, 5, BOARD)[:2] == (Tile(32), "store")
 
 
+def test_what_a_like_layer_takes_instead(
+    directory: Path, tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the rule's then, and says what it is taken instead of."""
+    other = replace(KEY, dtype="float16")
+    monkeypatch.setattr(type(TOY), "like", lambda self, key: KEY if key == other else None)
+    monkeypatch.setattr(type(TOY), "borrowed", lambda self, config, key, m, facts: Tile(32))
+    ship(BOARD, Table({place(8): entry(Tile(16))}), tables, monkeypatch)
+    found = resolve(TOY, other, 5, BOARD)
+    assert found[:2] == (Tile(32), "rule")
+    assert found.reason.endswith(f"takes {Tile(16)}, this kind of layer another")
+    assert resolve(TOY, KEY, 5, BOARD)[:2] == (Tile(16), "shipped")
+
+
+def test_kinds_of_layers_that_lend_each_other_configurations_only_in_part() -> None:
+    """Tokens that a program quantizes by itself, and those that it puts in order by itself."""
+    from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig
+    from pymllm_kernels.w4a16.hopper_tuning import HopperConfig
+    from pymllm_kernels.w8a8_int8.hopper_fused_tuning import FusedConfig
+
+    bf16 = torch.bfloat16
+    for static, symmetric in ((True, True), (False, False)):
+        key = w8a8_tunable.hopper_key(4096, 4096, bf16, symmetric, static)
+        fused, other = FusedConfig(8, 64, 256), FusedConfig(1, 64, 256)
+        # 8 tokens: 11.6 and 11.0 us, 8.0 with codes of a kernel before; one token 7.1 and 8.1.
+        taken = w8a8_tunable.HOPPER.borrowed(fused, key, 8, H200)
+        assert not isinstance(taken, FusedConfig)
+        assert w8a8_tunable.HOPPER.why_invalid(taken, key, 8, H200) is None
+        assert w8a8_tunable.HOPPER.borrowed(other, key, 1, H200) == other
+    hopper = w4a16_tunable.HOPPER
+    key = w4a16_tunable.hopper_key(28672, 4096, 128, bf16, bf16, True, act_order=True)
+    assert hopper.like(key) == replace(key, variant="")
+    config = DecodeConfig(8, rows=4)
+    assert hopper.borrowed(config, key, 1, H200) == replace(config, keep=True)
+    tiles = HopperConfig(block_m=8, consumers=4, slots=4, span=2)
+    taken = hopper.borrowed(tiles, key, 1, H200)
+    assert isinstance(taken, DecodeConfig) and taken.keep
+    assert hopper.borrowed(tiles, key, 2, H200) == tiles
+    # Too long to be kept.
+    long = replace(key, k=14336)
+    assert not getattr(hopper.borrowed(config, long, 1, H200), "keep", False)
+
+
 def test_which_layers_are_alike() -> None:
     """Of these operations: 16-bit dtypes, zero points, a scale a row; not smaller groups or 8 bits."""
     from pymllm_kernels.w4a16.tunable import HOPPER as W4A16
