@@ -73,7 +73,7 @@ def test_no_number_of_tokens_needs_another_form(layer: LinearProblem) -> None:
 
 def test_forms_do_not_depend_on_the_layers_size() -> None:
     """Layers of other sizes share what is compiled, and most forms serve several tokens."""
-    small, large = (set(warming.forms_of(problem("w4a16", n, 4096), 512)) for n in (4096, 28672))
+    small, large = (set(warming.forms_of(problem("w4a16", n, 4096), 512)) for n in (4096, 8192))
     assert small & large
 
 

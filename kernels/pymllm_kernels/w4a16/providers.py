@@ -113,8 +113,12 @@ class HopperW4A16(TritonW4A16):
         return super().why_not(problem) or why_not_gluon_hopper(problem) or _why_not_tma(problem)
 
     def why(self, problem: LinearProblem) -> str:
-        gathered = ", act-order tokens gathered first if several" if problem.act_order else ""
-        return f"dequantization between the copy engine and wgmma, one kernel{gathered}"
+        why = "dequantization between the copy engine and wgmma, one kernel"
+        if problem.act_order:
+            why += (
+                ", after one that gathers activations (a single token of up to 8192 values itself)"
+            )
+        return why
 
     def forms(
         self, problem: LinearProblem, m: int, *, bias: torch.dtype | None = None,
