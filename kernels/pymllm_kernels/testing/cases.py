@@ -64,7 +64,10 @@ _HOPPER_INT8_VARIANTS = (
 _DECODE_VARIANTS = (*_HOPPER_VARIANTS, "bf16-g128-asym", "bf16-g32")
 # The registers of groups of 128, but for an address or a wait at the start.
 _DECODE_VARIANTS_OF_SAME_REGISTERS = ("bf16-channel", "bf16-g128-act-order")
-_DECODE_VARIANTS_IN_ORDER = ("bf16-g128", "bf16-g64-asym", "fp16-g32-asym")
+# One token that is kept; in act-order it takes most registers.
+_DECODE_VARIANTS_KEPT = ("bf16-g128", "fp16-g32-asym")
+# (tokens, consumers) of tiles that are handed on: with more of both come more registers.
+_HANDED_ON = ((16, 4), (64, 3), (128, 2), (128, 3), (256, 2))
 
 
 def target_device(target: str) -> DeviceFacts:
@@ -116,24 +119,28 @@ def w4a16_hopper_cases() -> Iterator[Specialization]:
     plain, *others = (v for v in W4A16_VARIANTS if v.name in _HOPPER_VARIANTS)
     plain_int8, *others_int8 = _HOPPER_INT8_VARIANTS
     for config in _hopper_tiles(plain):
-        if config.share in (1, STREAM_K, HAND_ON):
+        if config.share in (1, STREAM_K):
             yield w4a16_hopper_case(plain, config, bias=config.share == 1)
     for config in _hopper_tiles(plain_int8):
-        if config.share in (STREAM_K, HAND_ON):
+        if config.share == STREAM_K:
             yield w4a16_hopper_case(plain_int8, config, bias=False)
+    for variant, handed in ((plain, _HANDED_ON), (plain_int8, _HANDED_ON[2:3])):
+        found = _hopper_tiles(variant, 133 * 256)
+        tiles = {(c.block_m, c.consumers): c for c in found if c.share == HAND_ON}
+        for tile in handed:
+            yield w4a16_hopper_case(variant, tiles[tile], bias=False)
     for variant in (*others, *others_int8):
         found = _hopper_tiles(variant)
-        tiles = {(c.block_m, c.consumers): c for c in found if c.share != HAND_ON}
+        tiles = {(c.block_m, c.consumers): c for c in found}
         for tile in ((16, 4), (16, 3), (64, 4), (128, 2), (128, 3)):
             yield w4a16_hopper_case(variant, tiles[tile])
         # Stored by TMA where they are whole.
         whole = {(c.block_m, c.consumers): c for c in found if c.share == 1}
-        for tile in ((64, 3), (128, 3)):
-            yield w4a16_hopper_case(variant, whole[tile])
+        yield w4a16_hopper_case(variant, whole[128, 3])
 
 
-def _hopper_tiles(variant: W4A16Variant) -> list[HopperW4A16Config]:
-    """Every measured tile as a layer takes it, in every way to share it."""
+def _hopper_tiles(variant: W4A16Variant, n: int = 128) -> list[HopperW4A16Config]:
+    """Every measured tile as a layer of ``n`` features takes it, in every way to share it."""
     from pymllm_kernels.w4a16.hopper_launch import form_of
     from pymllm_kernels.w4a16.hopper_tuning import candidates
 
@@ -141,11 +148,7 @@ def _hopper_tiles(variant: W4A16Variant) -> list[HopperW4A16Config]:
         variant.block_k, variant.group_size, variant.dtype, variant.dtype, not variant.zero,
         variant.bits,
     )  # fmt: skip
-    # One tile, and more tiles than multiprocessors.
-    found: list[HopperW4A16Config] = []
-    for n in (128, 133 * 256):
-        found += [config for _, config in candidates(1, n, variant.k, form, 132, 227 * 1024)]
-    return list(dict.fromkeys(found))
+    return [config for _, config in candidates(1, n, variant.k, form, 132, 227 * 1024)]
 
 
 def w4a16_decode_cases() -> Iterator[Specialization]:
@@ -163,18 +166,16 @@ def w4a16_decode_cases() -> Iterator[Specialization]:
             variant.zero, variant.dtype if variant.zero else None, variant.act_order,
         )  # fmt: skip
         valid = [c for c in CONFIGS if why_invalid(c, 1, 2048, layer.form, 227 * 1024) is None]
+        read = [c for c in valid if not c.keep]
         few = variant.name in _DECODE_VARIANTS_OF_SAME_REGISTERS
-        for config in valid[:: len(valid) - 1] if few else valid:
-            # The longest token that is kept: most registers.
-            k = next(
-                k for k in (8192, 4096) if not why_invalid(config, 1, k, layer.form, 227 * 1024)
-            )
-            forms = [specialization(layer, config, config.row(k))]
-            if config.keep and variant.name in _DECODE_VARIANTS_IN_ORDER:
-                ordered = layer._replace(act_order=True)
-                forms.append(specialization(ordered, config, config.row(k)))
-            for form in forms:
-                yield replace(form, name=f"{form.name}-{variant.name}")
+        forms = [specialization(layer, c, 0) for c in (read[:: len(read) - 1] if few else read)]
+        if variant.name in _DECODE_VARIANTS_KEPT:
+            ordered = layer._replace(act_order=True)
+            # The longest token: most registers.
+            rows = {c: 8192 // c.together for c in valid if c.keep}
+            forms += [specialization(ordered, c, row) for c, row in rows.items()]
+        for form in forms:
+            yield replace(form, name=f"{form.name}-{variant.name}")
     for k, even in ((4096, True), (14336, True), (28672, True), (53248, True), (4096, False)):
         yield gather.specialization(gather.form_of(torch.bfloat16, k, even))
 
