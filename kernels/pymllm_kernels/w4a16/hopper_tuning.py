@@ -219,14 +219,7 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
         _Cost((2.9, 0.685), (8.4, 0.669), (11.7, 0.734), (7.2, 0.703)),
     ),
     (
-        HopperConfig(
-            block_m=128,
-            consumers=3,
-            slots=4,
-            scale_weights=True,
-            meet=True,
-            out_parts=4,
-        ),
+        HopperConfig(block_m=128, consumers=3, slots=4, scale_weights=True, meet=True, out_parts=4),
         _Cost((2.8, 0.947), (9.9, 0.971), (14.4, 1.052), (7.6, 1.057)),
     ),
     (
