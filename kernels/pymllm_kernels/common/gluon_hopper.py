@@ -16,7 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 __all__ = [
     "GLUON_DTYPE",
-    "in_words",
     "load_early",
     "next_slot",
     "reinterpreted",
@@ -87,21 +86,12 @@ def slot_after(loaded, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def reinterpreted(memory, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """The bytes of shared memory under another shape and layout."""
+def reinterpreted(memory, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The bytes of shared memory as another type, shape and layout."""
     if _REINTERPRET_IS_PUBLIC:
-        return memory.reinterpret(memory.dtype, SHAPE, LAYOUT)
+        return memory.reinterpret(DTYPE, SHAPE, LAYOUT)
     else:
-        return memory._reinterpret(memory.dtype, SHAPE, LAYOUT)
-
-
-@gluon.jit
-def in_words(memory, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """The bytes of shared memory as 32-bit integers under another shape and layout."""
-    if _REINTERPRET_IS_PUBLIC:
-        return memory.reinterpret(gl.int32, SHAPE, LAYOUT)
-    else:
-        return memory._reinterpret(gl.int32, SHAPE, LAYOUT)
+        return memory._reinterpret(DTYPE, SHAPE, LAYOUT)
 
 
 @gluon.jit

@@ -136,7 +136,8 @@ def w4a16_hopper_cases() -> Iterator[Specialization]:
             yield w4a16_hopper_case(variant, tiles[tile])
         # Stored by TMA where they are whole.
         whole = {(c.block_m, c.consumers): c for c in found if c.share == 1}
-        yield w4a16_hopper_case(variant, whole[128, 3])
+        for tile in ((64, 3), (128, 3)):
+            yield w4a16_hopper_case(variant, whole[tile])
 
 
 def _hopper_tiles(variant: W4A16Variant, n: int = 128) -> list[HopperW4A16Config]:

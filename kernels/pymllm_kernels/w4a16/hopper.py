@@ -193,13 +193,14 @@ def _consumer(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
+    DEALT: gl.constexpr = SHARE or HAND_ON
     tiles = tiles_m * tiles_n
     slot = 0
     phase = 0
-    own, segments = count_segments(whole, tiles, steps, SHARE or HAND_ON)
+    own, segments = count_segments(whole, tiles, steps, DEALT)
     zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, MMA)
     for i in range(segments):
-        tile, first, last = segment(i, own, whole, tiles, steps, SHARE or HAND_ON)
+        tile, first, last = segment(i, own, whole, tiles, steps, DEALT)
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         acc = zeros
         if HAND_ON and first > 0:
@@ -237,7 +238,7 @@ def _consumer(
             )  # fmt: skip
     if SHARE and MEET:
         for i in range(own, segments):
-            tile, first, last = segment(i, own, whole, tiles, steps, SHARE or HAND_ON)
+            tile, first, last = segment(i, own, whole, tiles, steps, DEALT)
             if last - first < steps:
                 sharer, last_sharer = sharers(tile, whole, tiles, steps)
                 tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)

@@ -208,7 +208,7 @@ def _x(shared, place, J: gl.constexpr, JOIN: gl.constexpr):
         # The two boxes of a block lie as one of twice the columns would.
         SHAPE: gl.constexpr = [x_smem.shape[0] // 2, x_smem.shape[1], 2 * x_smem.shape[2]]
         LAYOUT: gl.constexpr = x_smem.layout
-        x = reinterpreted(x_smem, SHAPE, LAYOUT).index(place)
+        x = reinterpreted(x_smem, x_smem.dtype, SHAPE, LAYOUT).index(place)
     elif JOIN == 2:
         x = x_smem.index(place * 2 + J)
     else:

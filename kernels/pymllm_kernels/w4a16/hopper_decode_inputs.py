@@ -13,7 +13,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from pymllm_kernels.common.gluon_hopper import in_words, sync_threads
+from pymllm_kernels.common.gluon_hopper import reinterpreted, sync_threads
 
 _RAISE = "{ .reg .b32 c; mov.b32 c, BY; mul.rn.bf16x2 $0, $1, c; }"
 _RAISE_EVEN = gl.constexpr(_RAISE.replace("BY", "0x5F805F80"))  # 2**64
@@ -91,7 +91,7 @@ def kept(token, HALF: gl.constexpr, WARPS: gl.constexpr, ROW_WARPS: gl.constexpr
     # Once: the compiler would put it before the first read, in every step.
     sync_threads()
     STEPS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    return in_words(memory, [ROW // (K_WARPS * 128), K_WARPS, 4, 1, 16], STEPS)
+    return reinterpreted(memory, gl.int32, [ROW // (K_WARPS * 128), K_WARPS, 4, 1, 16], STEPS)
 
 
 @gluon.jit

@@ -354,7 +354,7 @@ def w8a8_int8_fused_hopper(
     # As the tokens are written: 8 swizzled rows of 128 bytes each.
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     rows_of_codes = reinterpreted(
-        codes, [CHUNKS, _CHUNK_OF_TOKEN // _ROW_BYTES, _CODE_ROWS * _ROW_BYTES], plain
+        codes, gl.int8, [CHUNKS, _CHUNK_OF_TOKEN // _ROW_BYTES, _CODE_ROWS * _ROW_BYTES], plain
     )
     slots = gl.allocate_shared_memory(
         gl.int8, [SLOTS, max(BLOCK_N, 64), BLOCK_K], weight_desc.layout
