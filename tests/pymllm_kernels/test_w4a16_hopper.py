@@ -11,11 +11,15 @@ import torch
 from pymllm_kernels.common.sharing import HAND_ON, STREAM_K
 from pymllm_kernels.device import planned_device
 from pymllm_kernels.w4a16.hopper_tuning import (
+    CODES,
+    SUMS,
+    WEIGHTS,
     HopperConfig,
     HopperForm,
     Plan,
     candidates,
     choose_config,
+    joined,
     plan,
     why_invalid,
 )
@@ -126,7 +130,7 @@ def test_another_number_of_tiles_is_shared_in_another_way() -> None:
     ("m", "n", "k", "block_m", "consumers", "share"),
     [
         (1, 28672, 4096, 8, 4, 1),
-        (16, 8192, 28672, 16, 2, 2),
+        (16, 8192, 28672, 16, 4, 4),
         (32, 28672, 4096, 32, 4, 1),
         (128, 4096, 4096, 32, 2, 1),
         (1024, 28672, 4096, 256, 2, 1),
@@ -140,11 +144,20 @@ def test_the_choice_of_tiles_where_it_was_measured(
     assert (config.block_m, config.consumers, config.share) == (block_m, consumers, share)
 
 
-def test_scales_of_another_dtype_stay_on_partial_sums() -> None:
-    form = HopperForm(same_dtype=False)
+def test_what_scales_multiply() -> None:
+    """Codes where a product of one is exact before it is rounded; scales of another dtype are never rounded."""
+    tokens = (8, 16, 32, 64, 128, 256)
+    symmetric = [HopperForm().scale(m) for m in tokens]
+    assert symmetric == [SUMS, CODES, CODES, CODES, CODES, CODES]
+    assert {HopperForm(runs=4).scale(m) for m in tokens} == {CODES}
+    for other in (HopperForm(parameter_bytes=3), HopperForm(bf16=False), HopperForm(bits=8)):
+        assert [other.scale(m) for m in tokens] == [SUMS, SUMS, SUMS, WEIGHTS, WEIGHTS, WEIGHTS]
+        assert {replace(other, runs=2).scale(m) for m in tokens} == {WEIGHTS}
+    mixed = HopperForm(same_dtype=False)
+    assert {mixed.scale(m) for m in tokens} == {SUMS}
     for m in (32, 128, 4096):
-        config = choose_config(m, 4096, 4096, form, 132, SHARED)
-        assert isinstance(config, HopperConfig) and not config.scale_weights
+        config = choose_config(m, 4096, 4096, mixed, 132, SHARED)
+        assert isinstance(config, HopperConfig) and config.block_m <= 128
 
 
 def test_no_shared_memory() -> None:
@@ -171,27 +184,28 @@ def test_what_a_program_stores_alone_goes_by_tma_from_32_tokens_on() -> None:
 def test_slices_of_an_operand() -> None:
     """As measured; groups that a block does not hold once have operands of their own."""
     found = [c for _, c in candidates(512, 6144, 4096, HopperForm(), 132, SHARED)]
-    assert {c.joined for c in found if c.block_m == 256 and c.share != 1} == {1}
-    joined = {(c.block_m, c.consumers): c.joined for c in found if c.share == 1}
-    assert joined == {
+    operands = {(c.block_m, c.consumers): joined(c, HopperForm()) for c in found}
+    assert operands == {
         (8, 2): 2, (8, 3): 2, (8, 4): 2, (16, 2): 4, (16, 3): 4, (16, 4): 4, (32, 2): 4, (32, 3): 4,
-        (32, 4): 4, (64, 2): 2, (64, 3): 4, (64, 4): 4, (128, 2): 1, (128, 3): 4, (256, 2): 2,
+        (32, 4): 4, (64, 2): 4, (64, 3): 4, (64, 4): 4, (128, 2): 2, (128, 3): 4, (256, 2): 2,
     }  # fmt: skip
-    pytest.importorskip("triton")
-    import torch
-
-    from pymllm_kernels.w4a16.hopper_launch import HopperLayer, specialization
-
-    config = HopperConfig(block_m=32, consumers=2, slots=4)
-    for group, operands in ((128, 4), (64, 2), (32, 1)):
-        layer = HopperLayer(4096, 4096, 128, group, torch.bfloat16, torch.bfloat16, False, None)
-        assert specialization(layer, config).constexprs["JOIN"] == operands
+    assert joined(HopperConfig(64, 2, slots=4), HopperForm(parameter_bytes=3)) == 2
+    tile = HopperConfig(block_m=32, consumers=2, slots=4)
+    for runs, most in ((1, 4), (2, 2), (4, 1)):
+        assert joined(tile, HopperForm(runs=runs)) == 4
+        assert joined(tile, HopperForm(runs=runs, same_dtype=False)) == most
 
 
 def test_what_registers_do_not_hold() -> None:
     # 256 tokens are 128 accumulators a thread; three consumers have 160 registers each.
-    config = HopperConfig(block_m=256, consumers=3, slots=2, scale_weights=True)
-    assert "176 registers of 160" in (why_invalid(config, HopperForm(), SHARED) or "")
-    sums = HopperConfig(block_m=64, consumers=4, slots=6)
-    assert why_invalid(sums, HopperForm(), SHARED) is None
-    assert "registers" in (why_invalid(sums, HopperForm(runs=2), SHARED) or "")
+    config = HopperConfig(block_m=256, consumers=3, slots=2)
+    assert "180 registers of 160" in (why_invalid(config, HopperForm(), SHARED) or "")
+    four = HopperConfig(block_m=64, consumers=4, slots=6)
+    assert why_invalid(four, HopperForm(runs=4), SHARED) is None
+    # Two sets of accumulators, and two blocks of weights, were seen to spill.
+    sums = HopperForm(same_dtype=False)
+    assert "116 registers of 112" in (why_invalid(four, sums, SHARED) or "")
+    assert "116 registers" in (why_invalid(replace(four, span=2), HopperForm(), SHARED) or "")
+    two = HopperConfig(block_m=64, consumers=2, slots=4, span=2)
+    assert why_invalid(two, sums, SHARED) is None
+    assert "one group a block" in (why_invalid(two, replace(sums, runs=2), SHARED) or "")

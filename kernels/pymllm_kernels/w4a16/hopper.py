@@ -6,9 +6,8 @@ from shared memory to registers and multiply them from there (wgmma with a regis
 accumulator is transposed, ``[ROWS, BLOCK_M]``, as in the plain Triton kernel, and both read the same
 weight layout. ``common.stream_k`` says which program does what.
 
-The scale multiplies the fp32 partial sum of its group, or the weights (``SCALE_WEIGHTS``): for 64
-tokens and more, a second accumulator and a multiply-add for each of its elements cost more than
-rounding each weight once.
+What scales multiply (``hopper_block``) is a question of instructions: for 64 tokens and more a second
+accumulator, and a multiply-add for each of its elements, cost more than rounding each weight once.
 """
 
 from __future__ import annotations
@@ -152,9 +151,10 @@ def _producer(
 def _store_tile(
     acc, out_desc, out_smem, problem, tile_m, tile_n,
     CONSUMER: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    MMA: gl.constexpr, OUT_PARTS: gl.constexpr,
+    MMA: gl.constexpr, OUT_PARTS: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     out_ptr, bias_ptr, stride_om, M, N = problem
+    acc *= UNIT
     row0 = tile_n * BLOCK_N + CONSUMER * ROWS
     rows = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
     if bias_ptr is not None:
@@ -184,7 +184,7 @@ def _store_tile(
 def _consumer(
     shared, work,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr,
-    RUNS: gl.constexpr, SCALE_WEIGHTS: gl.constexpr, SLOTS: gl.constexpr, SPAN: gl.constexpr,
+    RUNS: gl.constexpr, SCALE: gl.constexpr, SLOTS: gl.constexpr, SPAN: gl.constexpr,
     GROUP_M: gl.constexpr, OUT_PARTS: gl.constexpr, SHARE: gl.constexpr, HAND_ON: gl.constexpr,
     MEET: gl.constexpr, JOIN: gl.constexpr,
 ):  # fmt: skip
@@ -194,6 +194,7 @@ def _consumer(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
     DEALT: gl.constexpr = SHARE or HAND_ON
+    UNIT: gl.constexpr = 2.0**33 if SCALE == "codes" else 1.0
     tiles = tiles_m * tiles_n
     slot = 0
     phase = 0
@@ -209,8 +210,10 @@ def _consumer(
             )
         for _step in range(first, last):
             mbarrier.wait(full.index(slot), phase)
-            if SCALE_WEIGHTS:
-                acc = add_scaled_weights(acc, shared, slot, CONSUMER, ROWS, RUNS, MMA, JOIN)
+            if SCALE != "sums":
+                acc = add_scaled_weights(
+                    acc, shared, slot, SPAN, CONSUMER, ROWS, RUNS, MMA, SCALE, JOIN
+                )
             elif SPAN == 2:
                 acc = add_two_blocks(acc, zeros, shared, slot * 2, CONSUMER, ROWS, MMA, JOIN)
             else:
@@ -229,12 +232,12 @@ def _consumer(
                 if is_last:
                     finish_tile(
                         problem, part_ptr, sharer, last_sharer, 0, 1, tile_m, tile_n,
-                        CONSUMER, CONSUMERS, ROWS, BLOCK_M,
+                        CONSUMER, CONSUMERS, ROWS, BLOCK_M, UNIT,
                     )  # fmt: skip
         else:
             _store_tile(
                 acc, out_desc, out_smem, problem, tile_m, tile_n,
-                CONSUMER, ROWS, BLOCK_M, CONSUMERS * ROWS, MMA, OUT_PARTS,
+                CONSUMER, ROWS, BLOCK_M, CONSUMERS * ROWS, MMA, OUT_PARTS, UNIT,
             )  # fmt: skip
     if SHARE and MEET:
         for i in range(own, segments):
@@ -246,7 +249,7 @@ def _consumer(
                 finish_tile(
                     problem, part_ptr, sharer, last_sharer,
                     gl.program_id(0) - sharer, last_sharer - sharer + 1, tile_m, tile_n,
-                    CONSUMER, CONSUMERS, ROWS, BLOCK_M,
+                    CONSUMER, CONSUMERS, ROWS, BLOCK_M, UNIT,
                 )  # fmt: skip
                 take_leave(count_ptr, sharer, last_sharer, CONSUMER, CONSUMERS)
     if OUT_PARTS > 0:
@@ -271,7 +274,7 @@ def w4a16_gemm_hopper(
     SLICE_K: gl.constexpr,
     RUNS: gl.constexpr,  # groups of a block: 1, 2 or 4
     HALF: gl.constexpr,
-    SCALE_WEIGHTS: gl.constexpr,
+    SCALE: gl.constexpr,  # what scales multiply: see hopper_block
     BLOCK_M: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr,
     SLOTS: gl.constexpr,
     SPAN: gl.constexpr,  # blocks of K a slot and step
@@ -341,9 +344,9 @@ def w4a16_gemm_hopper(
     work = (problem, out_desc, part_ptr, count_ptr, tiles_m, tiles_n, whole, steps)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+            (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
-            (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+            (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
                          SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
@@ -351,11 +354,11 @@ def w4a16_gemm_hopper(
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif CONSUMERS == 3:
         gl.warp_specialize([
-            (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+            (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
-            (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+            (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
-            (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+            (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
                          SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,
@@ -363,13 +366,13 @@ def w4a16_gemm_hopper(
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+            (_consumer, (shared, work, 0, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
-            (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+            (_consumer, (shared, work, 1, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
-            (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+            (_consumer, (shared, work, 2, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
-            (_consumer, (shared, work, 3, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE_WEIGHTS,
+            (_consumer, (shared, work, 3, CONSUMERS, ROWS, BLOCK_M, RUNS, SCALE,
                          SLOTS, SPAN, GROUP_M, OUT_PARTS, SHARE, HAND_ON, MEET, JOIN)),
             (_producer, (sources, shared, N, groups, tiles_m, tiles_n, whole, steps, BLOCK_M, BLOCK_N,
                          SLICE_K, GROUP_SIZE, RUNS, BYTES, SLOTS, SPAN, GROUP_M, BOXES,

@@ -1,4 +1,10 @@
-"""What a consumer of the Hopper kernel does with a block of K: unpack weights, multiply, scale."""
+"""What a consumer of the Hopper kernel does with a block of K: unpack weights, multiply, scale.
+
+SCALE says what scales multiply: the "sums" of groups, the unpacked "weights", or the "codes", in the
+multiply-add that unpacks them. That is for symmetric bf16 weights of 4 bits: ``(code - 8) * scale`` is
+rounded once there, since 8 times a scale is exact. It comes in units of 2**-33, so that what codes are
+multiplied with is a bf16 number for scales from 2**-93 up to 2**28.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from pymllm_kernels.common.gluon_hopper import reinterpreted
-from pymllm_kernels.w4a16.unpack_int4 import addends, less_8, less_zero, or_magic_int4
+from pymllm_kernels.w4a16.unpack_int4 import addends, less_8, less_zero, scaled_less_8
 from pymllm_kernels.w4a16.unpack_int8 import less_128_over_128, less_zero_over_128, magic_int8
 
 
 @gluon.jit
-def _in_units(scale, shared, WHOLE: gl.constexpr):
-    """Scales of the weights as they are unpacked: bf16 is in 64ths unless WHOLE, of 8 bits in 128ths."""
+def _in_units(scale, shared):
+    """Scales of the weights as they are unpacked: bf16 is in 64ths, of 8 bits in 128ths."""
     x_smem, weight_smem, _, _, _, _, _ = shared
     if x_smem.dtype == gl.bfloat16:
-        if weight_smem.shape[2] == x_smem.shape[2]:
-            scale *= 128.0
-        elif not WHOLE:
-            scale *= 64.0
+        scale *= 128.0 if weight_smem.shape[2] == x_smem.shape[2] else 64.0
     return scale
 
 
@@ -35,16 +38,22 @@ def _zero(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, A: gl.constex
 
 
 @gluon.jit
+def _scale_of(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scales of this consumer's rows as they are stored, ``[ROWS, 1]``."""
+    _, _, scale_smem, _, _, _, _ = shared
+    scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, LAYOUT))
+    return gl.expand_dims(scale, 1)
+
+
+@gluon.jit
 def _scaled(
     weight, shared, place, J: gl.constexpr, CONSUMER: gl.constexpr, ROWS: gl.constexpr,
-    RUNS: gl.constexpr, A: gl.constexpr, WHOLE: gl.constexpr,
+    RUNS: gl.constexpr, A: gl.constexpr,
 ):  # fmt: skip
     """Slice J of weights times its scale, rounded to 16 bits."""
-    x_smem, _, scale_smem, _, _, _, _ = shared
-    run = place * RUNS + J * RUNS // 4
-    scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, A))
-    scale = _in_units(scale.to(x_smem.dtype), shared, WHOLE)
-    return weight * gl.expand_dims(scale, 1)
+    x_smem, _, _, _, _, _, _ = shared
+    scale = _scale_of(shared, place * RUNS + J * RUNS // 4, CONSUMER, ROWS, A)
+    return weight * _in_units(scale.to(x_smem.dtype), shared)
 
 
 @gluon.jit
@@ -70,40 +79,37 @@ def _zeros(
 
 
 @gluon.jit
-def _whole_int4(
+def _factors(scale, J: gl.constexpr):
+    """What code J is multiplied with, and what is added, for ``(code - 8) * scale`` in units of 2**-33."""
+    # Triton writes numbers with six decimals: -2**-30 would be 0.
+    bits = gl.full(scale.shape, 0xB080 - 0x10000, gl.int16, scale.type.layout)
+    return scale * (2.0**96 if J % 2 else 2.0**100), scale * bits.to(gl.bfloat16, bitcast=True)
+
+
+@gluon.jit
+def _scaled_int4(
     words, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
     A: gl.constexpr,
 ):  # fmt: skip
-    """``code - zero`` of 4 slices, each shifted to the end of its word and subtracted from."""
-    x_smem, _, _, zero_smem, _, _, _ = shared
-    HALF: gl.constexpr = x_smem.dtype
-    OFFSET: gl.constexpr = 128.0 if HALF == gl.bfloat16 else 1024.0
-    OFFSET_BITS: gl.constexpr = 0x4300 if HALF == gl.bfloat16 else 0x6400
-    codes = or_magic_int4(words, HALF)
-    if zero_smem is not None:
-        zeros = _zeros(shared, place, CONSUMER, ROWS, RUNS, A)
-    weights = ()
+    """The 4 slices of ``words``, scaled by what unpacks them."""
+    factors = ()
     for j in gl.static_range(4):
-        if zero_smem is None:
-            weights += (codes[j] - (OFFSET + 8.0),)
-        else:
-            # Put into the mantissa of OFFSET as codes are: a conversion would delay every block of K.
-            offset = (zeros[j].to(gl.int16) | OFFSET_BITS).to(HALF, bitcast=True)
-            weights += (codes[j] - offset,)
-    return weights
+        scale = _scale_of(shared, place * RUNS + j * RUNS // 4, CONSUMER, ROWS, A)
+        factors += (_factors(scale, j),)
+    return scaled_less_8(words, factors[0], factors[1], factors[2], factors[3])
 
 
 @gluon.jit
 def _weights_int4(
     shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
-    A: gl.constexpr, SCALE_WEIGHTS: gl.constexpr, WHOLE: gl.constexpr,
+    A: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
     """The 4 slices of this consumer's rows in registers: ``code - zero``, exact, or scaled."""
     x_smem, _, _, zero_smem, _, _, _ = shared
     HALF: gl.constexpr = x_smem.dtype
     words = _rows(shared, place, CONSUMER, ROWS).load(A)
-    if WHOLE:
-        weights = _whole_int4(words, shared, place, CONSUMER, ROWS, RUNS, A)
+    if SCALE == "codes":
+        weights = _scaled_int4(words, shared, place, CONSUMER, ROWS, RUNS, A)
     elif zero_smem is None:
         weights = less_8(words, HALF)
     else:
@@ -113,10 +119,10 @@ def _weights_int4(
         a2, _ = addends(z[2], HALF)
         _, a3 = addends(z[3], HALF)
         weights = less_zero(words, a0, a1, a2, a3, HALF)
-    if SCALE_WEIGHTS:
+    if SCALE == "weights":
         scaled = ()
         for j in gl.static_range(4):
-            scaled += (_scaled(weights[j], shared, place, j, CONSUMER, ROWS, RUNS, A, WHOLE),)
+            scaled += (_scaled(weights[j], shared, place, j, CONSUMER, ROWS, RUNS, A),)
         weights = scaled
     return weights
 
@@ -124,7 +130,7 @@ def _weights_int4(
 @gluon.jit
 def _half_int8(
     shared, place, H: gl.constexpr, CONSUMER: gl.constexpr, ROWS: gl.constexpr,
-    RUNS: gl.constexpr, A: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
+    RUNS: gl.constexpr, A: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
     """Slices 2 H and 2 H + 1, as ``_weights_int4``; exact bf16 is in 128ths."""
     x_smem, _, _, zero_smem, _, _, _ = shared
@@ -153,9 +159,9 @@ def _half_int8(
         else:
             low -= (low_zero + 1024.0).to(HALF)
             high -= (high_zero + 1024.0).to(HALF)
-    if SCALE_WEIGHTS:
-        low = _scaled(low, shared, place, 2 * H, CONSUMER, ROWS, RUNS, A, True)
-        high = _scaled(high, shared, place, 2 * H + 1, CONSUMER, ROWS, RUNS, A, True)
+    if SCALE == "weights":
+        low = _scaled(low, shared, place, 2 * H, CONSUMER, ROWS, RUNS, A)
+        high = _scaled(high, shared, place, 2 * H + 1, CONSUMER, ROWS, RUNS, A)
     return low, high
 
 
@@ -169,18 +175,16 @@ def _joined(a, b, A: gl.constexpr):
 @gluon.jit
 def _weights(
     shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
-    MMA: gl.constexpr, SCALE_WEIGHTS: gl.constexpr, JOIN: gl.constexpr,
+    MMA: gl.constexpr, SCALE: gl.constexpr, JOIN: gl.constexpr,
 ):  # fmt: skip
     """The slices of this consumer's rows, JOIN of them (1, 2 or 4) an operand."""
     x_smem, weight_smem, _, _, _, _, _ = shared
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
     if weight_smem.shape[2] == x_smem.shape[2]:
-        a, b = _half_int8(shared, place, 0, CONSUMER, ROWS, RUNS, A, SCALE_WEIGHTS)
-        c, d = _half_int8(shared, place, 1, CONSUMER, ROWS, RUNS, A, SCALE_WEIGHTS)
+        a, b = _half_int8(shared, place, 0, CONSUMER, ROWS, RUNS, A, SCALE)
+        c, d = _half_int8(shared, place, 1, CONSUMER, ROWS, RUNS, A, SCALE)
     else:
-        # Slice by slice, two consumers of 128 tokens, fewer instructions are 1 to 5 % slower.
-        WHOLE: gl.constexpr = SCALE_WEIGHTS and JOIN == 1
-        a, b, c, d = _weights_int4(shared, place, CONSUMER, ROWS, RUNS, A, SCALE_WEIGHTS, WHOLE)
+        a, b, c, d = _weights_int4(shared, place, CONSUMER, ROWS, RUNS, A, SCALE)
     if JOIN == 1:
         weights = (a, b, c, d)
     else:
@@ -193,11 +197,9 @@ def _weights(
 
 
 @gluon.jit
-def _scale(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr):
+def _scale_of_sums(shared, run, CONSUMER: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr):
     """fp32 ``[ROWS, 1]``, of weights as they come."""
-    _, _, scale_smem, _, _, _, _ = shared
-    scale = scale_smem.index(run).slice(CONSUMER * ROWS, ROWS).load(gl.SliceLayout(1, MMA))
-    return gl.expand_dims(_in_units(scale.to(gl.float32), shared, False), 1)
+    return _in_units(_scale_of(shared, run, CONSUMER, ROWS, MMA).to(gl.float32), shared)
 
 
 @gluon.jit
@@ -236,14 +238,18 @@ def _add(
 
 @gluon.jit
 def add_scaled_weights(
-    acc, shared, place, CONSUMER: gl.constexpr, ROWS: gl.constexpr, RUNS: gl.constexpr,
-    MMA: gl.constexpr, JOIN: gl.constexpr,
+    acc, shared, slot, SPAN: gl.constexpr, CONSUMER: gl.constexpr, ROWS: gl.constexpr,
+    RUNS: gl.constexpr, MMA: gl.constexpr, SCALE: gl.constexpr, JOIN: gl.constexpr,
 ):  # fmt: skip
-    """``acc`` plus one block of K, with weights scaled and rounded to 16 bits."""
-    weights = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, True, JOIN)
-    acc = _add(acc, weights, shared, place, 0, 4 // JOIN, False, JOIN)
+    """``acc`` plus the blocks of a slot, weights scaled; the second is unpacked while the first runs."""
+    read = ()
+    for i in gl.static_range(SPAN):
+        place = slot * SPAN + i
+        weights = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, SCALE, JOIN)
+        acc = _add(acc, weights, shared, place, 0, 4 // JOIN, False, JOIN)
+        read += weights
     # The wait names the weights: their registers must stay as they are while wgmma reads them.
-    return warpgroup_mma_wait(0, deps=(acc,) + weights)[0]  # noqa: RUF005  no stars in Triton
+    return warpgroup_mma_wait(0, deps=(acc,) + read)[0]  # noqa: RUF005  no stars in Triton
 
 
 @gluon.jit
@@ -252,12 +258,12 @@ def add_block(
     MMA: gl.constexpr, JOIN: gl.constexpr,
 ):  # fmt: skip
     """``acc`` plus one block of K, each group's partial sum times its scale."""
-    weights = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, False, JOIN)
+    weights = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, "sums", JOIN)
     COUNT: gl.constexpr = 4 // JOIN // RUNS
     scales = ()
     sums = ()
     for i in gl.static_range(RUNS):
-        scales += (_scale(shared, place * RUNS + i, CONSUMER, ROWS, MMA),)
+        scales += (_scale_of_sums(shared, place * RUNS + i, CONSUMER, ROWS, MMA),)
     for i in gl.static_range(RUNS):
         sums += (_add(zeros, weights, shared, place, i * COUNT, COUNT, True, JOIN),)
     sums = warpgroup_mma_wait(0, deps=sums + weights)
@@ -272,11 +278,11 @@ def add_two_blocks(
     JOIN: gl.constexpr,
 ):  # fmt: skip
     """``acc`` plus two blocks of K, one group each: the second is unpacked while the first runs."""
-    s0 = _scale(shared, place, CONSUMER, ROWS, MMA)
-    s1 = _scale(shared, place + 1, CONSUMER, ROWS, MMA)
-    a = _weights(shared, place, CONSUMER, ROWS, 1, MMA, False, JOIN)
+    s0 = _scale_of_sums(shared, place, CONSUMER, ROWS, MMA)
+    s1 = _scale_of_sums(shared, place + 1, CONSUMER, ROWS, MMA)
+    a = _weights(shared, place, CONSUMER, ROWS, 1, MMA, "sums", JOIN)
     p = _add(zeros, a, shared, place, 0, 4 // JOIN, True, JOIN)
-    b = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, False, JOIN)
+    b = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, "sums", JOIN)
     q = _add(zeros, b, shared, place + 1, 0, 4 // JOIN, True, JOIN)
     sums = warpgroup_mma_wait(0, deps=(p, q) + a + b)  # noqa: RUF005
     acc += sums[0] * s0

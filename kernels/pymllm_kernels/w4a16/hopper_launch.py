@@ -32,6 +32,7 @@ from pymllm_kernels.w4a16.hopper_tuning import (
     CONSUMER_REGISTERS,
     HopperConfig,
     HopperForm,
+    joined,
     plan,
 )
 from pymllm_kernels.w4a16.tunable import HOPPER, hopper_key
@@ -55,7 +56,8 @@ def form_of(
     """The form of a layer."""
     runs = 1 if group_size == -1 or group_size >= block_k else block_k // group_size
     parameters = scale.itemsize + (not symmetric)
-    return HopperForm(block_k, runs, parameters, act == scale, bits, act_order)
+    bf16 = act == torch.bfloat16
+    return HopperForm(block_k, runs, parameters, act == scale, bits, act_order, bf16)
 
 
 class HopperLayer(NamedTuple):
@@ -150,7 +152,7 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         "SLICE_K": slice_k,
         "RUNS": layer.form.runs,
         "HALF": GLUON_DTYPE[layer.act],
-        "SCALE_WEIGHTS": config.scale_weights,
+        "SCALE": layer.form.scale(config.block_m),
         "BLOCK_M": config.block_m,
         "ROWS": config.rows,
         "CONSUMERS": config.consumers,
@@ -161,7 +163,7 @@ def specialization(layer: HopperLayer, config: HopperConfig) -> Specialization:
         "SHARE": shared,
         "HAND_ON": hand_on,
         "MEET": shared and config.meet,
-        "JOIN": min(config.joined, 4 // layer.form.runs),
+        "JOIN": joined(config, layer.form),
         "REGISTERS": CONSUMER_REGISTERS[config.consumers],
         "DEPENDENT": layer.act_order,
         "EARLY": 0 if layer.act_order or (parts and layer.bits == 8) else config.early,

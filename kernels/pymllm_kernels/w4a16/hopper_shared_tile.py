@@ -12,6 +12,7 @@ from pymllm_kernels.common.shared_tile import add_parts
 def finish_tile(
     problem, part_ptr, first, last, piece0, pieces, tile_m, tile_n,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr,
+    UNIT: gl.constexpr,
 ):  # fmt: skip
     """Adds up and stores pieces ``piece0``, ``piece0 + pieces``, ... of a shared tile."""
     out_ptr, bias_ptr, stride_om, M, N = problem
@@ -25,6 +26,7 @@ def finish_tile(
         at = gl.expand_dims((piece * TOKENS + tokens) * ROWS, 1) + gl.expand_dims(rows, 0)
         total = gl.zeros((TOKENS, ROWS), gl.float32, PIECE)
         total = add_parts(total, part_ptr, at, first, last, CONSUMER, CONSUMERS, ROWS * BLOCK_M)
+        total *= UNIT
         if bias_ptr is not None:
             bias = gl.load(bias_ptr + n, mask=n < N, other=0.0)
             total += gl.expand_dims(bias.to(gl.float32), 0)

@@ -14,6 +14,7 @@ from pymllm_kernels.common.sharing import HAND_ON, STREAM_K, share_tiles
 from pymllm_kernels.w4a16 import hopper_decode_tuning
 from pymllm_kernels.w4a16.hopper_decode_tuning import DecodeConfig
 
+SUMS, WEIGHTS, CODES = "sums", "weights", "codes"
 # Of a consumer's thread, by their number, once the producer has given up its own: 65,536 over 12, 16
 # or 20 warps, 4 of them the producer's.
 CONSUMER_REGISTERS = {2: 240, 3: 160, 4: 112}
@@ -28,7 +29,6 @@ class HopperConfig:
         consumers: warpgroups of 64 output features each, 2, 3 or 4.
         slots: places in the ring of shared memory.
         span: blocks of K a slot, 1 or 2.
-        scale_weights: whether the scale is on the weights, rounded to 16 bits, or on partial sums.
         meet: whether the programs that share a tile wait for each other and add up a piece each
             (a cooperative launch), or the last to come adds up alone.
         out_parts: pieces a tile is stored in by TMA; 0 for plain stores.
@@ -41,26 +41,12 @@ class HopperConfig:
     consumers: int
     slots: int
     span: int = 1
-    scale_weights: bool = False
     meet: bool = False
     out_parts: int = 0
     group_m: int = 8
     share: int = 1
 
     rows = 64
-
-    @property
-    def joined(self) -> int:
-        """Slices of weights that are one operand of wgmma, where a block is one group.
-
-        Warps of a consumer meet before every operand. Two slices an operand were 1 to 5 % faster up to
-        64 tokens, four another 1 to 3 % with 16 and 32 tokens or three and more consumers; with 128
-        tokens and two consumers two were 3 % slower and four 6 %.
-        """
-        if self.block_m in (16, 32) or (self.consumers >= 3 and self.block_m >= 64):
-            return 4
-        # Shared tiles of 256 tokens with two spill 4 bytes and are no faster.
-        return 1 if self.block_m == 128 or (self.block_m == 256 and self.share != 1) else 2
 
     @property
     def early(self) -> int:
@@ -100,6 +86,7 @@ class HopperForm:
             only partial sums can take them.
         bits: of a code, 4 or 8.
         act_order: whether activations are put in another order first.
+        bf16: whether activations are.
     """
 
     block_k: int = 128
@@ -108,6 +95,21 @@ class HopperForm:
     same_dtype: bool = True
     bits: int = 4
     act_order: bool = False
+    bf16: bool = True
+
+    def scale(self, block_m: int) -> str:
+        """What scales multiply in tiles of so many tokens: ``SUMS``, ``WEIGHTS`` or ``CODES``.
+
+        A partial sum has a multiply-add for each of its elements and group. Scales on codes cost nothing but
+        their two factors a row and group: 64 tokens 4 to 9 % faster than partial sums, 32 tokens 1 to 4 %,
+        groups of 32 14 to 25 %; 8 tokens and groups of 128 equal, and partial sums more accurate.
+        """
+        if not self.same_dtype:
+            return SUMS
+        codes = self.bits == 4 and self.bf16 and self.parameter_bytes % 2 == 0
+        if self.runs == 1 and block_m < (16 if codes else 64):
+            return SUMS
+        return CODES if codes else WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -148,91 +150,63 @@ class _Cost:
 _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
     (
         HopperConfig(block_m=8, consumers=2, slots=6, span=2),
-        _Cost((3.0, 0.269), (4.8, 0.287), (5.3, 0.323), (8.4, 0.262)),
+        _Cost((2.9, 0.273), (4.9, 0.282), (5.3, 0.320), (8.4, 0.263)),
     ),
     (
         HopperConfig(block_m=8, consumers=4, slots=4, span=2),
-        _Cost((3.2, 0.505), (7.7, 0.506), (8.2, 0.593), (7.2, 0.547)),
+        _Cost((3.2, 0.508), (7.5, 0.472), (8.2, 0.593), (7.3, 0.547)),
     ),
     (
         HopperConfig(block_m=8, consumers=3, slots=5, span=2),
-        _Cost((3.7, 0.391), (6.4, 0.401), (7.2, 0.459), (8.8, 0.343)),
+        _Cost((3.7, 0.387), (6.4, 0.401), (7.2, 0.459), (8.8, 0.343)),
     ),
     (
         HopperConfig(block_m=16, consumers=2, slots=4, span=2),
-        _Cost((3.1, 0.283), (5.4, 0.278), (5.7, 0.336), (7.4, 0.289)),
+        _Cost((3.0, 0.271), (5.3, 0.281), (6.0, 0.338), (7.1, 0.289)),
     ),
     (
         HopperConfig(block_m=16, consumers=4, slots=4, span=2),
-        _Cost((3.4, 0.546), (8.6, 0.503), (14.8, 0.502), (8.8, 0.548)),
+        _Cost((3.4, 0.538), (7.5, 0.478), (14.8, 0.487), (8.9, 0.544)),
     ),
     (
         HopperConfig(block_m=16, consumers=3, slots=5, span=2),
-        _Cost((4.1, 0.417), (7.7, 0.358), (9.1, 0.433), (8.6, 0.405)),
+        _Cost((3.4, 0.395), (7.4, 0.360), (9.1, 0.427), (8.8, 0.419)),
     ),
     (
         HopperConfig(block_m=32, consumers=2, slots=4, span=2),
-        _Cost((3.0, 0.327), (6.2, 0.296), (7.4, 0.365), (6.7, 0.330)),
+        _Cost((3.2, 0.295), (6.2, 0.284), (6.7, 0.368), (6.4, 0.326)),
     ),
     (
-        HopperConfig(block_m=32, consumers=4, slots=8),
-        _Cost((3.6, 0.625), (9.5, 0.609), (11.1, 0.741), (11.2, 0.578)),
+        HopperConfig(block_m=32, consumers=4, slots=4, span=2),
+        _Cost((3.5, 0.556), (8.8, 0.539), (11.1, 0.708), (11.2, 0.559)),
     ),
     (
         HopperConfig(block_m=32, consumers=3, slots=4, span=2),
-        _Cost((3.9, 0.456), (8.1, 0.420), (10.7, 0.481), (9.3, 0.464)),
-    ),
-    (
-        HopperConfig(block_m=32, consumers=2, slots=8, scale_weights=True),
-        _Cost((3.4, 0.359), (6.4, 0.348), (7.5, 0.398), (7.4, 0.418)),
-    ),
-    (
-        HopperConfig(block_m=32, consumers=4, slots=8, scale_weights=True),
-        _Cost((4.3, 0.649), (9.5, 0.649), (11.1, 0.786), (8.2, 0.698)),
+        _Cost((3.6, 0.407), (7.9, 0.410), (10.7, 0.464), (9.2, 0.442)),
     ),
     (
         HopperConfig(block_m=64, consumers=2, slots=4, span=2, meet=True),
-        _Cost((3.9, 0.424), (8.3, 0.437), (8.8, 0.529), (7.8, 0.431)),
-    ),
-    (
-        HopperConfig(block_m=64, consumers=2, slots=8, scale_weights=True, meet=True),
-        _Cost((3.7, 0.445), (7.3, 0.474), (8.3, 0.582), (8.0, 0.433)),
+        _Cost((3.7, 0.395), (7.2, 0.417), (8.2, 0.497), (7.4, 0.391)),
     ),
     (
         HopperConfig(block_m=64, consumers=4, slots=6, meet=True),
-        _Cost((4.9, 0.769), (10.4, 0.768), (11.5, 0.906), (11.1, 0.881)),
+        _Cost((4.8, 0.701), (10.0, 0.726), (11.5, 0.852), (11.1, 0.828)),
     ),
     (
-        HopperConfig(block_m=64, consumers=4, slots=6, scale_weights=True, meet=True),
-        _Cost((4.4, 0.822), (10.4, 0.772), (11.5, 0.911), (11.1, 0.881)),
+        HopperConfig(block_m=64, consumers=3, slots=3, span=2, meet=True),
+        _Cost((4.4, 0.544), (8.5, 0.558), (10.5, 0.631), (9.2, 0.572)),
     ),
     (
-        HopperConfig(block_m=64, consumers=3, slots=7, meet=True),
-        _Cost((4.1, 0.616), (8.2, 0.633), (11.2, 0.680), (9.2, 0.642)),
+        HopperConfig(block_m=128, consumers=2, slots=4, meet=True, out_parts=2),
+        _Cost((2.9, 0.668), (8.2, 0.655), (11.5, 0.698), (6.9, 0.692)),
     ),
     (
-        HopperConfig(block_m=64, consumers=3, slots=7, scale_weights=True, meet=True),
-        _Cost((4.3, 0.660), (9.5, 0.626), (11.1, 0.696), (8.4, 0.664)),
+        HopperConfig(block_m=128, consumers=3, slots=4, meet=True, out_parts=4),
+        _Cost((2.8, 0.933), (9.8, 0.947), (14.1, 1.016), (7.5, 1.046)),
     ),
     (
-        HopperConfig(block_m=128, consumers=2, slots=4, scale_weights=True, meet=True, out_parts=2),
-        _Cost((2.9, 0.685), (8.4, 0.669), (11.7, 0.734), (7.2, 0.703)),
-    ),
-    (
-        HopperConfig(block_m=128, consumers=3, slots=4, scale_weights=True, meet=True, out_parts=4),
-        _Cost((2.8, 0.947), (9.9, 0.971), (14.4, 1.052), (7.6, 1.057)),
-    ),
-    (
-        HopperConfig(
-            block_m=256,
-            consumers=2,
-            slots=3,
-            scale_weights=True,
-            meet=True,
-            out_parts=16,
-            group_m=4,
-        ),
-        _Cost((2.6, 1.323), (13.0, 1.208), (14.6, 1.512), (4.9, 1.595)),
+        HopperConfig(block_m=256, consumers=2, slots=3, meet=True, out_parts=16, group_m=4),
+        _Cost((2.6, 1.323), (13.0, 1.244), (14.6, 1.512), (4.8, 1.594)),
     ),
 )
 
@@ -255,21 +229,17 @@ def shared_memory_bytes(config: HopperConfig, form: HopperForm) -> int:
 
 def why_invalid(config: HopperConfig, form: HopperForm, shared_memory: int) -> str | None:
     """``None`` if a layer of this form can be run with this configuration, else the reason."""
-    if config.span == 2 and form.runs > 1:
+    if form.runs > 1 and config.span == 2 and form.scale(config.block_m) == SUMS:
         return f"{config} takes one group a block, found {form.runs}"
-    if config.scale_weights and not form.same_dtype:
-        return f"{config} takes scales in the activations' dtype"
     registers = _registers(config, form)
     if registers > CONSUMER_REGISTERS[config.consumers]:
         return (
             f"{config} needs {registers} registers of {CONSUMER_REGISTERS[config.consumers]} with "
             f"{form.runs} groups a block"
         )
-    form_of_tile = (config.block_m, config.block_n, config.scale_weights)
-    if config.share == HAND_ON and form_of_tile == (64, 256, False):
-        return f"{config} spills registers where tiles are handed on"
-    if form.bits == 8 and config.block_m == 256 and config.share != 1:
-        return f"{config} spills registers where tiles of codes of 8 bits are shared"
+    scaled = form.scale(config.block_m) == WEIGHTS and (form.bits == 8 or form.runs > 1)
+    if scaled and config.share != 1 and config.block_m * config.consumers >= 384:
+        return f"{config} spills registers where its tiles are shared, of 8 bits or several groups a block"
     needed = shared_memory_bytes(config, form)
     if needed > shared_memory:
         return f"{config} needs {needed} bytes of shared memory, there are {shared_memory}"
@@ -277,13 +247,26 @@ def why_invalid(config: HopperConfig, form: HopperForm, shared_memory: int) -> s
 
 
 def _registers(config: HopperConfig, form: HopperForm) -> int:
-    """Of a consumer's thread: accumulators, weights (of 8 bits also packed), and 16 for the rest.
+    """Of a consumer's thread: accumulators, weights (of 8 bits also packed), and 20 for the rest.
 
     Forms above their share were seen to spill or to have each wgmma waited for (C7511, C7512).
     """
-    sums = 1 if config.scale_weights else 1 + max(form.runs, config.span)
+    sums = 1 + max(form.runs, config.span) if form.scale(config.block_m) == SUMS else 1
     packed = form.block_k // 16 if form.bits == 8 else 0
-    return sums * config.block_m // 2 + config.span * form.block_k // 4 + packed + 16
+    return sums * config.block_m // 2 + config.span * form.block_k // 4 + packed + 20
+
+
+def joined(config: HopperConfig, form: HopperForm) -> int:
+    """Slices of weights that are one operand of wgmma; those of a partial sum are of one group.
+
+    Warps of a consumer meet before every operand: two slices an operand were 1 to 5 % faster than one, four
+    another 1 to 3 % up to 64 tokens and with three and four consumers. With 128 tokens and two consumers four
+    were 1 to 6 % slower than two, and so they were with 64 where scales are not on codes.
+    """
+    scale = form.scale(config.block_m)
+    two = config.block_m >= (64 if scale != CODES else 128) and config.consumers == 2
+    most = 2 if two or config.block_m == 8 else 4
+    return min(most, 4 // form.runs) if scale == SUMS else most
 
 
 def plan(
@@ -306,7 +289,7 @@ def candidates(
         blocks = -(-k // 128)
         most = multiprocessors // tiles
         for share in (1, STREAM_K, HAND_ON, *range(2, min(most, 8) + 1)):
-            config = _fit_ring(_shared_by(measured, share), form, shared_memory)
+            config = _fit_ring(_shared_by(measured, share, form), form, shared_memory)
             grid = None if config is None else plan(config, m, n, k, form, multiprocessors)
             if config is None or grid is None or why_invalid(config, form, shared_memory):
                 continue
@@ -324,32 +307,37 @@ def candidates(
                 start, block = cost.even
                 rounds = 1 / share
             block *= _COST_OF_8_BITS[config.block_m] if form.bits == 8 else 1.0
-            block *= _small_groups(config, form)
+            block *= _more_work(config, form)
             yield start + block * rounds * blocks * _rereading(config, grid.tiles_m), config
 
 
-def _shared_by(config: HopperConfig, share: int) -> HopperConfig:
+def _shared_by(config: HopperConfig, share: int, form: HopperForm) -> HopperConfig:
     """The measured configuration as programs share its tiles.
 
     What a program stores alone it stores by TMA from 32 tokens on: with plain stores 64 tokens took
     0.7 us more, 3 to 5 % of a call, and 32 tokens 1 to 2 %.
     """
     out_parts = config.out_parts
-    # Four consumers of 64 tokens that also share tiles would spill.
-    full = config.block_m == 64 and config.consumers == 4
+    # Four consumers of 64 tokens that also share tiles would spill, and three that multiply four groups.
+    crowded = form.scale(64) == WEIGHTS and form.runs > 1
+    full = config.block_m == 64 and config.consumers >= (3 if crowded else 4)
     alone = (1,) if full else (1, STREAM_K, HAND_ON)
     if not out_parts and config.block_m >= 32 and share in alone:
         out_parts = 2
     return replace(config, share=share, out_parts=out_parts)
 
 
-def _small_groups(config: HopperConfig, form: HopperForm) -> float:
-    """What further groups in a block cost, with a partial sum each; scales on weights cost as always.
+def _more_work(config: HopperConfig, form: HopperForm) -> float:
+    """What a block costs beside one of symmetric bf16 weights with one group.
 
-    With 64 tokens on an H100 scales on weights were 4 to 6 % faster with two groups, 14 % with four;
-    with 32 tokens 3 % with four.
+    Two more factors of codes a row and group, a multiplication a weight, or a partial sum a group.
     """
-    return 1.0 if config.scale_weights else 1.0 + 0.045 * (form.runs - 1) * config.block_m / 64
+    scale = form.scale(config.block_m)
+    if scale == CODES:
+        return 1 + 0.015 * (form.runs - 1)
+    if scale == WEIGHTS:
+        return 1.06 + 0.015 * (form.runs - 1)
+    return 1 + 0.045 * (form.runs - 1) * config.block_m / 64
 
 
 def _uneven(config: HopperConfig, tiles_m: int, busy: float) -> float:
@@ -373,9 +361,18 @@ def _rereading(config: HopperConfig, tiles_m: int) -> float:
     return 1.07 if tiles_m <= 8 else 1.15
 
 
+def _holds_two_blocks(config: HopperConfig, form: HopperForm) -> bool:
+    """Whether a consumer has registers for two blocks at once."""
+    scale = form.scale(config.block_m)
+    if form.runs > 1 and (scale == SUMS or (scale == WEIGHTS and config.consumers > 2)):
+        # Scales and zero points of four groups spilled 4 bytes.
+        return False
+    return _registers(config, form) <= CONSUMER_REGISTERS[config.consumers]
+
+
 def _fit_ring(config: HopperConfig, form: HopperForm, shared_memory: int) -> HopperConfig | None:
     """The measured configuration as this form can run it: one block a slot, smaller buffers."""
-    if form.runs > 1 and config.span == 2:
+    if config.span == 2 and not _holds_two_blocks(config, form):
         config = replace(config, span=1, slots=2 * config.slots)
     while why_invalid(config, form, shared_memory):
         if config.slots == 2:

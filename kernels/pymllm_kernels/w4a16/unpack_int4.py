@@ -3,10 +3,13 @@
 A code in the mantissa of a 16-bit float adds its own value: one bit operation a pair of weights, where an
 integer conversion costs several a weight. In the lowest 7 bits of 128 (bf16) or 10 of 1024 (fp16) each of four
 codes but the first takes a shift. In the lowest 8 bits of the smallest bf16, code * 2**-133, and in the 10 of
-1024, two of four need none, and one multiply-add takes them to their size. All are exact.
+1024, two of four need none, and one multiply-add takes them to their size. All are exact, and where bf16 weights
+are symmetric that multiply-add scales them as well, rounding once.
 """
 
 from __future__ import annotations
+
+import re
 
 import triton
 import triton.language as tl
@@ -61,6 +64,14 @@ def _given(assembly: str) -> tl.constexpr:
     return tl.constexpr(assembly)
 
 
+def _scaled(assembly: str) -> tl.constexpr:
+    """With factors in registers, of codes 0 and 2 and of codes 1 and 3, and addends."""
+    assembly = re.sub(r"\nmov\.b32 (low|high), \w+;", "", assembly).replace("u, high, low", "u")
+    for i in range(4):
+        assembly = re.sub(rf"(low|high), A{i}", f"${5 + i}, ${9 + i}", assembly)
+    return tl.constexpr(assembly)
+
+
 def _of_eight(assembly: str, low: str, high: str) -> tl.constexpr:
     """With those of a zero point of 8, of codes 0 and 2 and of codes 1 and 3."""
     for i in range(4):
@@ -72,6 +83,7 @@ def _of_eight(assembly: str, low: str, high: str) -> tl.constexpr:
 
 
 _INT4_LESS_ZERO_BF16, _INT4_LESS_ZERO_FP16 = _given(_FROM_BF16), _given(_FROM_FP16)
+_INT4_SCALED_LESS_8_BF16 = _scaled(_FROM_BF16)
 # -8 / 64; -(1024 + 8) and -(1024 / 16 + 8).
 _INT4_LESS_8_BF16 = _of_eight(_FROM_BF16, "0xBE00BE00", "0xBE00BE00")
 _INT4_LESS_8_FP16 = _of_eight(_FROM_FP16, "0xE408E408", "0xD480D480")
@@ -125,3 +137,16 @@ def less_zero(words, a0, a1, a2, a3, HALF: tl.constexpr):
     """4 tiles of ``(code - zero) / 64`` (bf16) or ``code - zero`` (fp16), from their :func:`addends`."""
     ASSEMBLY: tl.constexpr = _INT4_LESS_ZERO_BF16 if HALF == tl.bfloat16 else _INT4_LESS_ZERO_FP16
     return _four(ASSEMBLY, "=r,=r,=r,=r,r,r,r,r,r", (words, a0, a1, a2, a3), HALF)
+
+
+@triton.jit
+def scaled_less_8(words, f0, f1, f2, f3):
+    """4 tiles of bf16 ``(code - 8) * scale``, from what each code is multiplied with, and what is added."""
+    m0, a0 = f0
+    m1, a1 = f1
+    m2, a2 = f2
+    m3, a3 = f3
+    return _four(
+        _INT4_SCALED_LESS_8_BF16, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+        (words, m0, m1, m2, m3, a0, a1, a2, a3), tl.bfloat16,
+    )  # fmt: skip
