@@ -31,7 +31,7 @@ from pymllm_kernels.common.gluon_hopper import (
 )
 from pymllm_kernels.common.shared_tile import hand_on, leave_part, meet, take_leave, take_on
 from pymllm_kernels.common.stream_k import count_segments, segment, sharers
-from pymllm_kernels.common.triton_helpers import grouped_tile
+from pymllm_kernels.common.triton_helpers import grouped_tile, grouped_tile_branching
 from pymllm_kernels.w4a16.hopper_block import add_block, add_scaled_weights, add_two_blocks
 from pymllm_kernels.w4a16.hopper_shared_tile import finish_tile
 
@@ -85,7 +85,7 @@ def _load_early(
     _, weight_smem, _, _, full, _, _ = shared
     own, _segments = count_segments(whole, tiles_m * tiles_n, steps, DEALT)
     tile, first, last = segment(0, own, whole, tiles_m * tiles_n, steps, DEALT)
-    _, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+    _, tile_n = grouped_tile_branching(tile, tiles_m, tiles_n, GROUP_M)
     for i in gl.static_range(EARLY):
         for s in gl.static_range(SPAN):
             _load_weights(
@@ -103,8 +103,6 @@ def _producer(
     DEPENDENT: gl.constexpr, EARLY: gl.constexpr, DEALT: gl.constexpr,
 ):  # fmt: skip
     """Keeps the ring full, in whose first slots the weights of EARLY steps may be; one warp."""
-    if DEPENDENT:
-        gdc_wait()
     _, weight_desc, _, _ = sources
     _, weight_smem, _, _, full, empty, _ = shared
     slot = 0
@@ -112,7 +110,7 @@ def _producer(
     own, segments = count_segments(whole, tiles_m * tiles_n, steps, DEALT)
     if EARLY > 0:
         tile, first, last = segment(0, own, whole, tiles_m * tiles_n, steps, DEALT)
-        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = grouped_tile_branching(tile, tiles_m, tiles_n, GROUP_M)
         for e in gl.static_range(EARLY):
             if first + e < last:
                 mbarrier.expect(full.index(e), BYTES)
@@ -125,7 +123,10 @@ def _producer(
         slot, phase = slot_after(loaded, SLOTS)
     for i in range(segments):
         tile, first, last = segment(i, own, whole, tiles_m * tiles_n, steps, DEALT)
-        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = grouped_tile_branching(tile, tiles_m, tiles_n, GROUP_M)
+        if DEPENDENT:
+            # Behind the divisions, which need not wait.
+            gdc_wait()
         if EARLY > 0:
             # A variable that the loop sets to 0 is not carried by Triton: kernels hang.
             first += gl.where(i == 0, loaded, 0)

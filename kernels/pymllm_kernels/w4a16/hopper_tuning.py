@@ -162,7 +162,7 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
     ),
     (
         HopperConfig(block_m=16, consumers=2, slots=4, span=2),
-        _Cost((3.0, 0.271), (5.3, 0.281), (6.0, 0.338), (7.1, 0.289)),
+        _Cost((3.0, 0.271), (5.4, 0.281), (6.0, 0.338), (7.1, 0.289)),
     ),
     (
         HopperConfig(block_m=16, consumers=4, slots=4, span=2),
@@ -186,7 +186,7 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
     ),
     (
         HopperConfig(block_m=64, consumers=2, slots=4, span=2, meet=True),
-        _Cost((3.7, 0.395), (7.2, 0.417), (8.2, 0.497), (7.4, 0.391)),
+        _Cost((3.7, 0.395), (7.5, 0.413), (8.2, 0.497), (7.4, 0.391)),
     ),
     (
         HopperConfig(block_m=64, consumers=4, slots=6, meet=True),
@@ -295,8 +295,8 @@ def candidates(
                 continue
             if share == 1:
                 start, block = cost.whole
-                rounds: float = -(-tiles // multiprocessors)
-                rounds *= _uneven(config, grid.tiles_m, tiles / (rounds * multiprocessors))
+                whole = -(-tiles // multiprocessors)
+                rounds = whole * _in_rounds(config, grid.tiles_m, whole, tiles / multiprocessors)
             elif share == STREAM_K:
                 start, block = cost.stream
                 rounds = tiles / grid.programs
@@ -340,13 +340,16 @@ def _more_work(config: HopperConfig, form: HopperForm) -> float:
     return 1 + 0.045 * (form.runs - 1) * config.block_m / 64
 
 
-def _uneven(config: HopperConfig, tiles_m: int, busy: float) -> float:
-    """What whole tiles cost where the last of several rounds leaves many programs without one.
+def _in_rounds(config: HopperConfig, tiles_m: int, rounds: int, busy: float) -> float:
+    """What several rounds of whole tiles cost beside as many blocks of one; ``busy``: rounds that are filled.
 
-    Of 256 tokens, 448 tiles (3.4 rounds of 132) took 194 to 198 us where 512 (3.9 rounds) took 173,
-    and so did nine other layers from 1024 tokens on, by 13 to 22 %; not understood.
+    Up to 64 tokens 4 to 8 % (as all multiprocessors read). Of 256 tokens more where the last round leaves many
+    without a tile: 448 (3.4 rounds of 132) took 194 to 198 us where 512 (3.9 rounds) took 173, and so did nine
+    other layers from 1024 tokens on, by 13 to 22 %; not understood.
     """
-    return 1.13 if config.block_m == 256 and tiles_m >= 4 and busy < 0.9 else 1.0
+    if config.block_m <= 64:
+        return 1.06 if rounds > 1 else 1.0
+    return 1.13 if config.block_m == 256 and tiles_m >= 4 and busy < 0.9 * rounds else 1.0
 
 
 def _rereading(config: HopperConfig, tiles_m: int) -> float:

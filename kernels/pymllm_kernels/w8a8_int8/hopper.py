@@ -32,7 +32,7 @@ from pymllm_kernels.common.gluon_hopper import (
 )
 from pymllm_kernels.common.shared_tile import leave_part, meet, take_leave
 from pymllm_kernels.common.stream_k import count_segments, segment, sharers
-from pymllm_kernels.common.triton_helpers import grouped_tile
+from pymllm_kernels.common.triton_helpers import grouped_tile, grouped_tile_branching
 from pymllm_kernels.w8a8_int8.hopper_epilogue import epilogue, finish_tile, load_factors
 
 
@@ -57,9 +57,6 @@ def _load(
     """Copies one operand's tiles into the ring, EARLY steps of which are there; one warp."""
     if CODES:
         desc = x_desc
-        # The weight does not depend on the kernel before this one, its copies start at once.
-        if PDL:
-            gdc_wait()
     else:
         desc = weight_desc
     ROWS: gl.constexpr = desc.block_shape[0]
@@ -78,8 +75,12 @@ def _load(
         if EARLY > 0:
             # A variable that the loop sets to 0 is not carried by Triton: kernels hang.
             begin += gl.where(index == 0, loaded, 0)
-        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = grouped_tile_branching(tile, tiles_m, tiles_n, GROUP_M)
         row = (tile_m if CODES else tile_n) * ROWS
+        # The weight does not depend on the kernel before this one, its copies start at once. Behind the
+        # divisions: 4 to 9 % less in small layers than with the wait at the top.
+        if CODES and PDL:
+            gdc_wait()
         for step in range(begin, end):
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(full.index(slot), ROWS * BLOCK_K)
@@ -157,8 +158,6 @@ def _multiply(
     tiles_m, tiles_n, k_steps = _tiles(x_desc, weight_desc)
     tiles = tiles_m * tiles_n
     row0: gl.constexpr = ROWS * HALF
-    if PDL:
-        gdc_wait()
     slot = 0
     phase = 0
     turn_phase = 0
@@ -169,7 +168,7 @@ def _multiply(
     first_segment: gl.constexpr = INDEX if PING_PONG else 0
     for index in range(first_segment, segments, CONSUMERS if PING_PONG else 1):
         tile, begin, end = segment(index, own, whole, tiles, k_steps, SHARE)
-        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = grouped_tile_branching(tile, tiles_m, tiles_n, GROUP_M)
         if PING_PONG:
             slot = index * k_steps % SLOTS
             phase = index * k_steps // SLOTS & 1
@@ -181,6 +180,8 @@ def _multiply(
             feature0 += row0
         else:
             token0 += row0
+        if PDL:
+            gdc_wait()
         # Those of the first piece arrive beside the multiplications, not after them.
         factors = load_factors(
             PIECE, ROWS, COLUMNS // STORE_PARTS, token0, feature0, M, N,
@@ -284,7 +285,7 @@ def w8a8_int8_hopper_kernel(
         fence_async_shared()
         # Tiles are whole: the first is that of the program's number.
         tiles_m, tiles_n, k_steps = _tiles(x_desc, weight_desc)
-        _, tile_n = grouped_tile(gl.program_id(0), tiles_m, tiles_n, GROUP_M)
+        _, tile_n = grouped_tile_branching(gl.program_id(0), tiles_m, tiles_n, GROUP_M)
         load_early(weight_desc, tile_n * BLOCK_N, weight_slots, full, k_steps, EARLY)
     for i in gl.static_range(SLOTS):
         if i >= EARLY:
