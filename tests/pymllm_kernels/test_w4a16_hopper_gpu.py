@@ -66,11 +66,13 @@ def run(
         (4, 128, False, FP16, 1408),
         (4, 64, False, BF16, 1408),
         (4, 32, True, FP16, 1408),
+        (4, 32, True, BF16, 1408),
         (4, -1, False, BF16, 1408),
         (4, 256, True, BF16, 1536),
         (4, 32, False, BF16, 1536),
         (4, 64, True, BF16, 2112),
         (4, 16, False, BF16, 2112),
+        (4, 16, True, BF16, 2112),
         (8, 128, True, BF16, 1536),
         (8, 128, True, FP16, 1408),
         (8, 64, False, BF16, 1408),
@@ -176,6 +178,19 @@ def test_scales_of_another_dtype_are_not_rounded() -> None:
     # As fp16 the scales have 11 significant bits, as bf16 8: rounding them would cost 2**-9.
     out = run(x, weight, None, 128)
     assert_as_accurate_as_torch(out, x.double() @ layer.exact.T, F.linear(x, layer.exact.to(BF16)))
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-80, 2.0**-10, 2.0**20, 2.0**29])
+def test_magnitudes_of_scales(magnitude: float) -> None:
+    """Codes are multiplied with their scale times 2**100, and the sums with 2**33 in the end."""
+    layer = make_w4a16(256, 1024, 128, device="cuda")
+    weight = prepared(layer)
+    x = torch.randn(20, 1024, device="cuda").to(BF16)
+    larger = weight._replace(scale=weight.scale * magnitude)
+    # Powers of two change nothing but the exponent, unless something over- or underflows.
+    for config in configurations(20, 256, 1024, weight, 128):
+        expected = run(x, weight, None, 128, config) * magnitude
+        assert torch.equal(run(x, larger, None, 128, config), expected), config
 
 
 def test_act_order_is_gathered() -> None:

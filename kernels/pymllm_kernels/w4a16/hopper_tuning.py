@@ -52,11 +52,12 @@ class HopperConfig:
     def early(self) -> int:
         """Steps whose weights are asked for before the warps part: 1 to 3 % up to 32 tokens.
 
-        One was half as good, three up to 5 % slower; with 64 tokens and more none made a difference.
-        None where activations are gathered first, whose indices would come behind the weights, and in
-        shared tiles of 8-bit weights, which would spill 4 bytes.
+        Of 32 KB a step one: two were 0.5 to 3 % slower; of less two: one was half as good and three up to 5 %
+        slower. With 64 tokens and more none made a difference. None where activations are gathered first, whose
+        indices would come behind the weights, and in shared tiles of 8-bit weights, which would spill 4 bytes.
         """
-        return min(2, self.slots) if self.block_m <= 32 else 0
+        most = 1 if self.consumers == 4 and self.span == 2 else min(2, self.slots)
+        return most if self.block_m <= 32 else 0
 
     @property
     def block_n(self) -> int:
