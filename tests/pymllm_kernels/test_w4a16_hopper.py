@@ -10,6 +10,7 @@ import torch
 
 from pymllm_kernels.common.sharing import HAND_ON, STREAM_K
 from pymllm_kernels.device import planned_device
+from pymllm_kernels.testing.inputs import make_w4a16
 from pymllm_kernels.w4a16.hopper_tuning import (
     CODES,
     SUMS,
@@ -23,6 +24,7 @@ from pymllm_kernels.w4a16.hopper_tuning import (
     plan,
     why_invalid,
 )
+from pymllm_kernels.w4a16.providers import HopperW4A16
 from pymllm_kernels.w4a16.tunable import HOPPER, hopper_key
 
 SHARED = 227 * 1024
@@ -209,3 +211,21 @@ def test_what_registers_do_not_hold() -> None:
     two = HopperConfig(block_m=64, consumers=2, slots=4, span=2)
     assert why_invalid(two, sums, SHARED) is None
     assert "one group a block" in (why_invalid(two, replace(sums, runs=2), SHARED) or "")
+
+
+def test_scales_that_codes_cannot_be_multiplied_with_are_refused() -> None:
+    layer = make_w4a16(16, 128, 64)
+    problem = layer.problem
+    kernel = HopperW4A16()
+    scale = layer.scale.clone()
+    for last, refused in ((2.0**28, True), (-(2.0**28), True), (2.0**27, False)):
+        scale[-1, -1] = last
+        if refused:
+            with pytest.raises(ValueError, match=r"scale: found up to 2.68e\+08, accepted below"):
+                kernel.prepare(problem, layer.words, scale, None, None)
+        else:
+            assert kernel.prepare(problem, layer.words, scale, None, None).scale[-1, -1] == last
+    # These multiply weights.
+    zero = torch.zeros(16, 2, dtype=torch.uint8)
+    scale[0, 0] = 2.0**100
+    kernel.prepare(problem, layer.words, scale, zero, None)

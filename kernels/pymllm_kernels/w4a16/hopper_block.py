@@ -96,7 +96,7 @@ def _scaled_int4(
     for j in gl.static_range(4):
         scale = _scale_of(shared, place * RUNS + j * RUNS // 4, CONSUMER, ROWS, A)
         factors += (_factors(scale, j),)
-    return scaled_less_8(words, factors[0], factors[1], factors[2], factors[3])
+    return scaled_less_8(words, factors[0], factors[1], factors[2], factors[3])  # type: ignore[misc]
 
 
 @gluon.jit

@@ -20,6 +20,8 @@ from pymllm_kernels.w4a16.layout import choose_layout
 from pymllm_kernels.w4a16.tunable import HOPPER, TRITON
 
 SCHEME = "w4a16"
+# Times 2**100 it is no bf16 number: see ``hopper_block``.
+_MOST_SCALE = 2.0**28
 
 
 class W4A16Kernel(LinearKernel):
@@ -141,6 +143,16 @@ class HopperW4A16(TritonW4A16):
         zero: torch.Tensor | None,
         g_idx: torch.Tensor | None,
     ) -> W4A16Weight:
+        """See the base class.
+
+        Raises:
+            ValueError: a scale is beyond what the kernel multiplies codes with.
+        """
+        on_codes = problem.weight_bits == 4 and zero is None and problem.act_dtype == scale.dtype
+        if on_codes and scale.dtype == torch.bfloat16 and scale.numel():
+            most = float(scale.abs().max())
+            if most >= _MOST_SCALE:
+                raise ValueError(f"scale: found up to {most:.3g}, accepted below {_MOST_SCALE:.3g}")
         if words.device.type == "cuda":
             reserve_counters(words.device)
         return super().prepare(problem, words, scale, zero, g_idx)

@@ -302,7 +302,10 @@ class CompressedTensorsWNA16Scheme(LinearScheme):
         g_idx: torch.Tensor | None,
     ) -> None:
         kernel: Any = choice.kernel
-        weight = kernel.prepare(problem, words, scale, zero, g_idx)
+        try:
+            weight = kernel.prepare(problem, words, scale, zero, g_idx)
+        except ValueError as error:
+            raise ValueError(f"{place_of(layer)}: weight_{error}") from None
         prepared = {
             "weight_packed": weight.weight,
             # Contiguous, so that safetensors can save a state dict.
