@@ -212,9 +212,9 @@ _MEASURED: tuple[tuple[HopperConfig, _Cost], ...] = (
 )
 
 
-# What a block of 8-bit codes costs, 1 for one of 4 bits, by tokens of a tile; estimated. Twice the bytes
-# to fetch beside the same activations, and 165 instead of 183 instructions a block of 128 tokens.
-_COST_OF_8_BITS = {8: 1.8, 16: 1.75, 32: 1.6, 64: 1.3, 128: 1.05, 256: 1.15}
+# What a block of 8-bit codes costs, 1 for one of 4 bits, by tokens of a tile: of the times of 8 bits in
+# ``variants.json`` up to 32 tokens, estimated above. Twice the bytes to fetch beside the same activations.
+_COST_OF_8_BITS = {8: 1.8, 16: 1.85, 32: 1.8, 64: 1.3, 128: 1.05, 256: 1.15}
 
 
 def shared_memory_bytes(config: HopperConfig, form: HopperForm) -> int:
