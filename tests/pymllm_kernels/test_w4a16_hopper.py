@@ -198,6 +198,21 @@ def test_slices_of_an_operand() -> None:
         assert joined(tile, HopperForm(runs=runs, same_dtype=False)) == most
 
 
+def test_what_is_compiled_is_what_the_form_says() -> None:
+    pytest.importorskip("triton")
+    from pymllm_kernels.w4a16.hopper_launch import HopperLayer, specialization
+
+    tile = HopperConfig(block_m=32, consumers=2, slots=4)
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for group, act, scale, operands, multiplied in (
+        (128, bf16, bf16, 4, CODES), (64, bf16, bf16, 4, CODES), (32, fp16, fp16, 4, WEIGHTS),
+        (128, bf16, fp16, 4, SUMS), (64, bf16, fp16, 2, SUMS), (32, bf16, fp16, 1, SUMS),
+    ):  # fmt: skip
+        layer = HopperLayer(4096, 4096, 128, group, act, scale, False, None)
+        constants = specialization(layer, tile).constexprs
+        assert (constants["JOIN"], constants["SCALE"]) == (operands, multiplied)
+
+
 def test_what_registers_do_not_hold() -> None:
     # 256 tokens are 128 accumulators a thread; three consumers have 160 registers each.
     config = HopperConfig(block_m=256, consumers=3, slots=2)
@@ -226,6 +241,6 @@ def test_scales_that_codes_cannot_be_multiplied_with_are_refused() -> None:
         else:
             assert kernel.prepare(problem, layer.words, scale, None, None).scale[-1, -1] == last
     # These multiply weights.
-    zero = torch.zeros(16, 2, dtype=torch.uint8)
-    scale[0, 0] = 2.0**100
-    kernel.prepare(problem, layer.words, scale, zero, None)
+    other = make_w4a16(16, 128, 64, symmetric=False)
+    other.scale[0, 0] = 2.0**100
+    kernel.prepare(other.problem, other.words, other.scale, other.zero, None)

@@ -55,13 +55,13 @@ W4A16_VARIANTS = (
     W4A16Variant("fp16-int8-g32-asym", dtype=torch.float16, bits=8, group_size=32, zero=True),
 )
 
-_HOPPER_VARIANTS = ("bf16-g128", "fp16-g128", "bf16-g64-asym", "fp16-g32-asym")
+_HOPPER_VARIANTS = ("bf16-g128", "fp16-g128", "bf16-g64-asym", "bf16-g32", "fp16-g32-asym")
 _HOPPER_INT8_VARIANTS = (
     *(v for v in W4A16_VARIANTS if v.name in ("bf16-int8-g128", "fp16-int8-g32-asym")),
     W4A16Variant("bf16-int8-g64-asym", bits=8, group_size=64, zero=True),
     W4A16Variant("bf16-int8-g16", bits=8, group_size=16, block_k=64),
 )
-_DECODE_VARIANTS = (*_HOPPER_VARIANTS, "bf16-g128-asym", "bf16-g32")
+_DECODE_VARIANTS = (*_HOPPER_VARIANTS, "bf16-g128-asym")
 # The registers of groups of 128, but for an address or a wait at the start.
 _DECODE_VARIANTS_OF_SAME_REGISTERS = ("bf16-channel", "bf16-g128-act-order")
 # One token that is kept; in act-order it takes most registers.

@@ -16,8 +16,9 @@ from pymllm_kernels.problem import LinearCall, LinearKernel, LinearProblem, chec
 from pymllm_kernels.tuning import Tunable
 from pymllm_kernels.w4a16 import api, reference
 from pymllm_kernels.w4a16.api import W4A16Weight
+from pymllm_kernels.w4a16.hopper_tuning import CODES
 from pymllm_kernels.w4a16.layout import choose_layout
-from pymllm_kernels.w4a16.tunable import HOPPER, TRITON
+from pymllm_kernels.w4a16.tunable import HOPPER, TRITON, hopper_form
 
 SCHEME = "w4a16"
 # Times 2**100 it is no bf16 number: see ``hopper_block``.
@@ -148,8 +149,9 @@ class HopperW4A16(TritonW4A16):
         Raises:
             ValueError: a scale is beyond what the kernel multiplies codes with.
         """
-        on_codes = problem.weight_bits == 4 and zero is None and problem.act_dtype == scale.dtype
-        if on_codes and scale.dtype == torch.bfloat16 and scale.numel():
+        # Where any tile has scales on codes, those of most tokens do.
+        form = hopper_form(HOPPER.key_of(problem))
+        if form.scale(256) == CODES and scale.numel():
             most = float(scale.abs().max())
             if most >= _MOST_SCALE:
                 raise ValueError(f"scale: found up to {most:.3g}, accepted below {_MOST_SCALE:.3g}")

@@ -305,7 +305,7 @@ class CompressedTensorsWNA16Scheme(LinearScheme):
         try:
             weight = kernel.prepare(problem, words, scale, zero, g_idx)
         except ValueError as error:
-            raise ValueError(f"{place_of(layer)}: weight_{error}") from None
+            raise ValueError(f"{place_of(layer)}: {error}") from None
         prepared = {
             "weight_packed": weight.weight,
             # Contiguous, so that safetensors can save a state dict.

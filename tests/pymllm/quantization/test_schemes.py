@@ -10,6 +10,7 @@ from pymllm.quantization.schemes import (
     CompressedTensorsW8A8Int8Scheme,
     CompressedTensorsWNA16Scheme,
 )
+from pymllm_kernels.w4a16.providers import CpuInt4Pack, TorchW4A16
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -205,6 +206,25 @@ def test_refused_group_numbers(library, change, message):
     fill(layer, {**tensors, "weight_g_idx": g_idx})
     with pytest.raises(ValueError, match=re.escape(f"layer 'm.a': weight_g_idx: {message}")):
         scheme.process_weights_after_loading(layer)
+
+
+def test_what_the_kernel_refuses_names_the_layer(library, monkeypatch):
+    tensors = library.compress(torch.randn(24, 64).to(BF16), group_size=32)
+    scheme = wna16()
+    layer = bare(scheme)
+    fill(layer, tensors)
+
+    def refuse(*_):
+        raise ValueError("scale: found up to 1e+09")
+
+    with monkeypatch.context() as patch:
+        for kernel in (CpuInt4Pack, TorchW4A16):
+            patch.setattr(kernel, "prepare", refuse)
+        with pytest.raises(ValueError, match=r"layer 'm\.a': scale: found up to 1e\+09"):
+            scheme.process_weights_after_loading(layer)
+    assert layer.kernel_choice is None  # still as it was loaded
+    scheme.process_weights_after_loading(layer)
+    assert layer.kernel_choice is not None
 
 
 def test_forced_kernel_that_cannot_run():
