@@ -34,9 +34,6 @@ from pymllm_kernels.common.stream_k import count_segments, segment, sharers
 from pymllm_kernels.common.triton_helpers import grouped_tile, grouped_tile_branching
 from pymllm_kernels.w4a16.hopper_block import add_block, add_scaled_weights, add_two_blocks
 from pymllm_kernels.w4a16.hopper_shared_tile import finish_tile
-from pymllm_kernels.w4a16.hopper_tuning import CODES, SUMS
-
-_SUMS, _CODES = gl.constexpr(SUMS), gl.constexpr(CODES)
 
 
 @gluon.jit
@@ -198,7 +195,7 @@ def _consumer(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
     DEALT: gl.constexpr = SHARE or HAND_ON
-    UNIT: gl.constexpr = 2.0**33 if SCALE == _CODES else 1.0
+    UNIT: gl.constexpr = 2.0**33 if SCALE == "codes" else 1.0
     tiles = tiles_m * tiles_n
     slot = 0
     phase = 0
@@ -214,7 +211,7 @@ def _consumer(
             )
         for _step in range(first, last):
             mbarrier.wait(full.index(slot), phase)
-            if SCALE != _SUMS:
+            if SCALE != "sums":
                 acc = add_scaled_weights(
                     acc, shared, slot, SPAN, CONSUMER, ROWS, RUNS, MMA, SCALE, JOIN
                 )

@@ -1,7 +1,7 @@
 """What a consumer of the Hopper kernel does with a block of K: unpack weights, multiply, scale.
 
-SCALE says what scales multiply (``HopperForm.scale``): the sums of groups, the unpacked weights, or the codes, in
-the multiply-add that unpacks them. That is for symmetric bf16 weights of 4 bits: ``(code - 8) * scale`` is
+SCALE says what scales multiply: the "sums" of groups, the unpacked "weights", or the "codes", in the
+multiply-add that unpacks them. That is for symmetric bf16 weights of 4 bits: ``(code - 8) * scale`` is
 rounded once there, since 8 times a scale is exact. It comes in units of 2**-33, so that what codes are
 multiplied with is a bf16 number for scales from 2**-93 up to 2**28.
 """
@@ -16,11 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from pymllm_kernels.common.gluon_hopper import reinterpreted
-from pymllm_kernels.w4a16.hopper_tuning import CODES, SUMS, WEIGHTS
 from pymllm_kernels.w4a16.unpack_int4 import addends, less_8, less_zero, scaled_less_8
 from pymllm_kernels.w4a16.unpack_int8 import less_128_over_128, less_zero_over_128, magic_int8
-
-_SUMS, _WEIGHTS, _CODES = gl.constexpr(SUMS), gl.constexpr(WEIGHTS), gl.constexpr(CODES)
 
 
 @gluon.jit
@@ -111,7 +108,7 @@ def _weights_int4(
     x_smem, _, _, zero_smem, _, _, _ = shared
     HALF: gl.constexpr = x_smem.dtype
     words = _rows(shared, place, CONSUMER, ROWS).load(A)
-    if SCALE == _CODES:
+    if SCALE == "codes":
         weights = _scaled_int4(words, shared, place, CONSUMER, ROWS, RUNS, A)
     elif zero_smem is None:
         weights = less_8(words, HALF)
@@ -122,7 +119,7 @@ def _weights_int4(
         a2, _ = addends(z[2], HALF)
         _, a3 = addends(z[3], HALF)
         weights = less_zero(words, a0, a1, a2, a3, HALF)
-    if SCALE == _WEIGHTS:
+    if SCALE == "weights":
         scaled = ()
         for j in gl.static_range(4):
             scaled += (_scaled(weights[j], shared, place, j, CONSUMER, ROWS, RUNS, A),)
@@ -162,7 +159,7 @@ def _half_int8(
         else:
             low -= (low_zero + 1024.0).to(HALF)
             high -= (high_zero + 1024.0).to(HALF)
-    if SCALE == _WEIGHTS:
+    if SCALE == "weights":
         low = _scaled(low, shared, place, 2 * H, CONSUMER, ROWS, RUNS, A)
         high = _scaled(high, shared, place, 2 * H + 1, CONSUMER, ROWS, RUNS, A)
     return low, high
@@ -261,7 +258,7 @@ def add_block(
     MMA: gl.constexpr, JOIN: gl.constexpr,
 ):  # fmt: skip
     """``acc`` plus one block of K, each group's partial sum times its scale."""
-    weights = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, _SUMS, JOIN)
+    weights = _weights(shared, place, CONSUMER, ROWS, RUNS, MMA, "sums", JOIN)
     COUNT: gl.constexpr = 4 // JOIN // RUNS
     scales = ()
     sums = ()
@@ -283,9 +280,9 @@ def add_two_blocks(
     """``acc`` plus two blocks of K, one group each: the second is unpacked while the first runs."""
     s0 = _scale_of_sums(shared, place, CONSUMER, ROWS, MMA)
     s1 = _scale_of_sums(shared, place + 1, CONSUMER, ROWS, MMA)
-    a = _weights(shared, place, CONSUMER, ROWS, 1, MMA, _SUMS, JOIN)
+    a = _weights(shared, place, CONSUMER, ROWS, 1, MMA, "sums", JOIN)
     p = _add(zeros, a, shared, place, 0, 4 // JOIN, True, JOIN)
-    b = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, _SUMS, JOIN)
+    b = _weights(shared, place + 1, CONSUMER, ROWS, 1, MMA, "sums", JOIN)
     q = _add(zeros, b, shared, place + 1, 0, 4 // JOIN, True, JOIN)
     sums = warpgroup_mma_wait(0, deps=(p, q) + a + b)  # noqa: RUF005
     acc += sums[0] * s0
